@@ -1,0 +1,73 @@
+"""The command line: `dmoe VERB ...`. One small file a verb; this one chooses the verb and reports failures."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+
+VERBS = {
+    "train": "train a model",
+    "generate": "continue a prompt with a trained model",
+    "report": "write the HTML report of a run",
+    "bench": "time the MoE layer against a dense MLP and between backends",
+    "doctor": "show versions, devices and which backends work",
+}
+
+_USAGE = """usage: dmoe VERB [options]
+
+Dropless mixture-of-experts language models in plain PyTorch.
+
+{verbs}
+
+dmoe VERB --help explains a verb. --debug anywhere shows the traceback of a failure."""
+
+
+def usage() -> str:
+    """The help of `dmoe` itself."""
+    return _USAGE.format(verbs="\n".join(f"  {verb:10} {text}" for verb, text in VERBS.items()))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a verb. Returns the exit code: 0, 1 for a failed run, 2 for a wrong request."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args
+    args = [a for a in args if a != "--debug"]
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if args else 2
+    if args[0] == "--version":
+        from dmoe import __version__
+
+        print(f"dmoe {__version__}")
+        return 0
+    verb, *rest = args
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        return _fail(f"unknown verb {verb!r}{hint}; dmoe --help lists them", 2)
+    # Before torch loads OpenMP: threads that spin while they wait slow each other down when cores are shared.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from dmoe.errors import DmoeError
+
+    try:
+        return importlib.import_module(f"dmoe.cli.{verb}").main(rest)
+    except DmoeError as error:
+        if debug:
+            raise
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:  # the reader of a pipe, such as head, went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if debug:
+            raise
+        return _fail(f"{type(error).__name__}: {error} (--debug shows where)", 1)
+
+
+def _fail(message: str, code: int) -> int:
+    print("dmoe: error: " + " ".join(message.split()), file=sys.stderr)
+    return code

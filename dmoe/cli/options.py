@@ -1,0 +1,199 @@
+"""A run's configuration from YAML and the command line: one set of names, types and checks for both.
+
+`--section.field value` and the same keys in YAML end in `apply_overrides`, which converts to the field's type and
+names the nearest valid field on a typo. tyro renders `--help` from the dataclasses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from dmoe.config import RunConfig
+from dmoe.errors import ConfigError
+from dmoe.models.presets import PRESETS, get_preset
+
+Config = TypeVar("Config")
+
+
+def field_names(cls: type, prefix: str = "") -> list[str]:
+    """Dotted names of every leaf field of a config dataclass."""
+    names = []
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        kind = hints[field.name]
+        if dataclasses.is_dataclass(kind):
+            names += field_names(typing.cast(type, kind), f"{prefix}{field.name}.")
+        else:
+            names.append(prefix + field.name)
+    return names
+
+
+def nearest(name: str, valid: list[str]) -> str:
+    """ " (did you mean X?)", or the empty string if nothing is near."""
+    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
+    if not near:  # the field may be right and its section missing or wrong
+        leaf = name.rpartition(".")[2]
+        near = [v for v in valid if v.rpartition(".")[2] == leaf][:1]
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def convert(name: str, value: Any, kind: Any) -> Any:
+    """`value`, a string of the command line or a YAML scalar, as type `kind`.
+
+    Raises:
+        ConfigError: it is not one; names the field, the value and the type.
+    """
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):  # X | None
+        if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
+            return None
+        return convert(name, value, next(a for a in args if a is not type(None)))
+    if origin is Literal:
+        if value in args:
+            return value
+        raise ConfigError(f"{name} is {value!r}: must be one of {', '.join(map(str, args))}{nearest(str(value), [str(a) for a in args])}")
+    if origin is tuple:
+        items = value.replace(",", " ").split() if isinstance(value, str) else value
+        if not isinstance(items, (list, tuple)) or len(items) != len(args):
+            raise ConfigError(f"{name} is {value!r}: must be {len(args)} values, such as 0.9,0.95")
+        return tuple(convert(name, item, arg) for item, arg in zip(items, args))
+    if kind is bool:
+        words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+        if isinstance(value, bool):
+            return value
+        if str(value).lower() in words:
+            return words[str(value).lower()]
+        raise ConfigError(f"{name} is {value!r}: must be true or false")
+    if kind is str:
+        return "" if value is None else str(value)
+    if isinstance(value, bool) or value is None:
+        raise ConfigError(f"{name} is {value!r}: must be {'an integer' if kind is int else 'a number'}")
+    try:
+        number = float(value)
+        if kind is int and number != int(number):
+            raise ValueError
+        # int(str) first: a float would round a large integer
+        return number if kind is float else (int(value) if isinstance(value, (int, str)) and str(value).lstrip("+-").isdigit() else int(number))
+    except (ValueError, OverflowError):
+        raise ConfigError(f"{name} is {value!r}: must be {'an integer' if kind is int else 'a number'}") from None
+
+
+def apply_overrides(config: Config, overrides: dict[str, Any], prefix: str = "") -> Config:
+    """A copy of the dataclass `config` with nested `overrides` applied: {"train": {"steps": 10}}.
+
+    All fields of a section change at once, so that checks between fields see only the final values.
+
+    Raises:
+        ConfigError: an unknown name (with the nearest valid one), a wrong type, or a failed check.
+    """
+    cls = type(config)
+    hints = typing.get_type_hints(cls)
+    known = {field.name for field in dataclasses.fields(config)}  # type: ignore[arg-type]
+    changes: dict[str, Any] = {}
+    for key, value in overrides.items():
+        name = prefix + str(key)
+        if key not in known:
+            valid = [prefix + n for n in field_names(cls)] + [prefix + k for k in known]
+            raise ConfigError(f"unknown option {name}{nearest(name, valid)}")
+        kind = hints[key]
+        if dataclasses.is_dataclass(kind):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{name} is {value!r}: must be a section with fields such as {name}.{field_names(typing.cast(type, kind))[0]}")
+            changes[key] = apply_overrides(getattr(config, key), value, name + ".")
+        else:
+            changes[key] = convert(name, value, kind)
+    return dataclasses.replace(config, **changes)  # type: ignore[type-var]
+
+
+def merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `extra` over it, section by section."""
+    merged = dict(base)
+    for key, value in extra.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def parse_overrides(args: list[str]) -> dict[str, Any]:
+    """`--a.b value` and `--a.b=value` as a nested dict; `-` and `_` are the same in names."""
+    overrides: dict[str, Any] = {}
+    rest = list(args)
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--"):
+            raise ConfigError(f"unexpected argument {flag!r}: options look like --section.field value")
+        name, equals, value = flag[2:].partition("=")
+        name = name.replace("-", "_")
+        if name not in field_names(RunConfig):
+            raise ConfigError(f"unknown option --{name}{nearest(name, field_names(RunConfig))}")
+        if not equals:
+            if not rest:
+                raise ConfigError(f"option --{name} needs a value")
+            value = rest.pop(0)
+        *sections, field = name.split(".")
+        place = overrides
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[field] = value
+    return overrides
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ConfigError: the file is missing or not a YAML mapping; names it (and the line).
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"config file {str(path)!r}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"config file {str(path)!r}{where}: not valid YAML ({getattr(error, 'problem', error)})") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"config file {str(path)!r}: must be a mapping of sections, not a {type(content).__name__}")
+    return content
+
+
+def build_config(source: str | None, args: list[str]) -> RunConfig:
+    """The run's configuration: preset, then YAML, then command line.
+
+    Args:
+        source: a preset's name, a path ending in .yaml or .yml, or None for the defaults.
+        args: the command line after it.
+    """
+    from_file: dict[str, Any] = {}
+    if source is not None and Path(source).suffix in (".yaml", ".yml"):
+        from_file = read_yaml(Path(source))
+    elif source is not None:
+        get_preset(source)
+        from_file = {"preset": source}
+    overrides = merge(from_file, parse_overrides(args))
+    preset = get_preset(str(overrides.get("preset", RunConfig().preset)))
+    return apply_overrides(RunConfig(model=preset), overrides)
+
+
+def print_config_help(prog: str, description: str) -> None:
+    """All fields with types, defaults and docs, rendered by tyro."""
+    import tyro
+
+    tyro.cli(
+        RunConfig,
+        prog=prog,
+        description=f"{description}\n\nPresets: {', '.join(PRESETS)}",
+        args=["--help"],
+        default=RunConfig(model=get_preset(RunConfig().preset)),
+        config=(tyro.conf.FlagConversionOff,),
+        use_underscores=True,
+    )

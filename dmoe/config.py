@@ -1,0 +1,293 @@
+"""The dataclasses of a run: every field, its default, its meaning and the checks on it.
+
+A run is one `RunConfig`; its sections are the nested dataclasses. `dmoe.cli.options` reads YAML and the command line
+into it. All are frozen: use `dataclasses.replace`. Checks raise `ConfigError` naming the field, its value and a
+value that would be right.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+from dmoe.errors import ConfigError
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_swiglu"]
+Backend = Literal["reference", "torch"]
+
+
+def require(ok: bool, name: str, value: Any, wanted: str) -> None:
+    """Raise `ConfigError` "`name` is `value`: must be `wanted`" unless `ok`."""
+    if not ok:
+        raise ConfigError(f"{name} is {value!r}: must be {wanted}")
+
+
+def _require_positive(config: Any, section: str, *names: str) -> None:
+    for name in names:
+        require(getattr(config, name) > 0, f"{section}.{name}", getattr(config, name), "greater than 0")
+
+
+def _require_not_negative(config: Any, section: str, *names: str) -> None:
+    for name in names:
+        require(getattr(config, name) >= 0, f"{section}.{name}", getattr(config, name), "0 or greater")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """One mixture-of-experts layer."""
+
+    hidden_size: int = 0
+    """D, width of the residual stream. 0: taken from the model that holds the layer."""
+    intermediate_size: int = 256
+    """F, width of one expert."""
+    num_experts: int = 8
+    """E, routed experts."""
+    top_k: int = 2
+    """K, experts per token."""
+    activation: Activation = "silu"
+    """Expert activation. With gated experts "silu" is SwiGLU; "clamped_swiglu" is the form of gpt-oss."""
+    gated: bool = True
+    """Gate and up projection (GLU experts), or up projection alone."""
+    bias: bool = False
+    """Biases in the experts."""
+    score_function: Literal["softmax", "sigmoid"] = "softmax"
+    """How router logits become scores: softmax over all experts, or a sigmoid each (DeepSeek-V3)."""
+    norm_topk_prob: bool = True
+    """Divide the K chosen scores by their sum."""
+    routed_scaling_factor: float = 1.0
+    """Factor on the routed weights, after renormalisation."""
+    aux_loss_coef: float = 0.01
+    """Weight of the switch-style load-balancing loss; the loss is 1 at perfect balance. 0 turns it off."""
+    z_loss_coef: float = 0.001
+    """Weight of the router z-loss, mean(logsumexp(logits)^2). 0 turns it off."""
+    shared_intermediate_size: int = 0
+    """Width of the shared expert that every token passes through. 0: none."""
+    backend: Backend | None = None
+    """Implementation of the expert computation; None chooses by device and dtype."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "moe", "intermediate_size", "num_experts", "top_k", "routed_scaling_factor")
+        _require_not_negative(self, "moe", "hidden_size", "aux_loss_coef", "z_loss_coef", "shared_intermediate_size")
+        require(self.top_k <= self.num_experts, "moe.top_k", self.top_k, f"at most moe.num_experts ({self.num_experts})")
+        if self.activation == "clamped_swiglu":
+            require(self.gated, "moe.gated", self.gated, 'True with moe.activation "clamped_swiglu"')
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder-only language model. `moe_layers()` says which layers are mixtures of experts."""
+
+    vocab_size: int = 4096
+    """Rows of the embedding; at least the tokeniser's."""
+    hidden_size: int = 256
+    """D, width of the residual stream."""
+    num_layers: int = 6
+    """Decoder blocks."""
+    num_heads: int = 4
+    """Query heads."""
+    num_kv_heads: int = 2
+    """Key/value heads (grouped-query attention)."""
+    head_dim: int = 64
+    """Width of one head."""
+    qk_norm: Literal["none", "head", "full"] = "head"
+    """RMSNorm on queries and keys: over each head (Qwen3), over all heads at once (OLMoE), or none."""
+    rope_theta: float = 10000.0
+    """Base of the rotary embedding."""
+    norm_eps: float = 1e-6
+    """Epsilon of every RMSNorm."""
+    tie_embeddings: bool = True
+    """Head shares its weight with the embedding."""
+    intermediate_size: int = 1024
+    """Width of a dense layer's feed-forward network."""
+    moe_layer_freq: int = 1
+    """Every n-th layer is a mixture of experts. 0: a dense model."""
+    first_k_dense: int = 0
+    """The first k layers are dense."""
+    max_seq_len: int = 4096
+    """Longest sequence the model takes."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights; output projections are divided by sqrt(2 * num_layers)."""
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    """The mixture-of-experts layers."""
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            self, "model", "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
+            "rope_theta", "norm_eps", "intermediate_size", "max_seq_len", "init_std",
+        )  # fmt: skip
+        _require_not_negative(self, "model", "moe_layer_freq", "first_k_dense")
+        require(
+            self.num_heads % self.num_kv_heads == 0,
+            "model.num_heads", self.num_heads, f"divisible by model.num_kv_heads ({self.num_kv_heads})",
+        )  # fmt: skip
+        require(self.head_dim % 2 == 0, "model.head_dim", self.head_dim, "even (rotary embedding)")
+        if self.moe.hidden_size not in (0, self.hidden_size):
+            require(
+                False, "model.moe.hidden_size", self.moe.hidden_size,
+                f"0 (taken from the model) or equal to model.hidden_size ({self.hidden_size})",
+            )  # fmt: skip
+
+    def moe_layers(self) -> list[int]:
+        """Indices of the layers that are mixtures of experts."""
+        if self.moe_layer_freq == 0:
+            return []
+        return [i for i in range(self.first_k_dense, self.num_layers) if i % self.moe_layer_freq == 0]
+
+    def layer_moe_config(self) -> MoEConfig:
+        """`moe` with its width filled in."""
+        return replace(self.moe, hidden_size=self.hidden_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Text, tokeniser and split."""
+
+    corpus: str = "stdlib"
+    """"stdlib" (the Python standard library's source), a text file, a folder, a glob, or a .jsonl file."""
+    text_field: str = "text"
+    """Key of the text in each line of a .jsonl corpus."""
+    tokenizer: str = "bpe"
+    """"bpe" (byte-level BPE trained on the corpus), "bytes", or the path of a tokenizer.json."""
+    vocab_size: int = 4096
+    """Size of the BPE that is trained: 256 bytes, the end-of-document token, and merges."""
+    val_fraction: float = 0.05
+    """Share of the documents that is held out, chosen by a hash of each document's text."""
+    cache_dir: str = ""
+    """Where tokenisers and token files are kept. "": $DMOE_CACHE, else ~/.cache/dmoe."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.corpus), "data.corpus", self.corpus, 'a path or "stdlib"')
+        require(0 < self.val_fraction < 1, "data.val_fraction", self.val_fraction, "between 0 and 1")
+        require(self.vocab_size >= 257, "data.vocab_size", self.vocab_size, "at least 257 (256 bytes and the end mark)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    lr: float = 3e-3
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: float = 0.1
+    """Decay of matrices; norms, biases and router weights are not decayed."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm. 0: no clipping."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """After the warm-up: cosine to the minimum, or warm-up-stable-decay (linear decay at the end), or constant."""
+    warmup_steps: int = 50
+    """Steps of linear warm-up."""
+    decay_fraction: float = 0.3
+    """Share of the steps that "wsd" decays over."""
+    min_lr_ratio: float = 0.05
+    """Learning rate at the end, as a share of the peak."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "optim", "lr", "eps")
+        _require_not_negative(self, "optim", "weight_decay", "clip_norm", "warmup_steps", "min_lr_ratio")
+        require(all(0 <= b < 1 for b in self.betas), "optim.betas", self.betas, "two numbers in [0, 1)")
+        require(0 < self.decay_fraction <= 1, "optim.decay_fraction", self.decay_fraction, "in (0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The loop."""
+
+    steps: int = 1000
+    """Optimiser steps."""
+    batch_size: int = 16
+    """Sequences per optimiser step, over all ranks."""
+    micro_batch_size: int = 16
+    """Sequences per forward pass; gradients accumulate over batch_size / micro_batch_size passes."""
+    seq_len: int = 256
+    """Tokens per sequence."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """bf16 autocast over fp32 weights, or fp32. "auto": bf16 where the device has it in hardware."""
+    compile: bool = False
+    """torch.compile each decoder block."""
+    activation_checkpointing: bool = False
+    """Recompute each block's activations in the backward pass."""
+    device: str = "auto"
+    """"auto", "cpu", "cuda" or "cuda:N"."""
+    seed: int = 0
+    """Seeds the weights, the data order and the split."""
+    log_every: int = 10
+    """Steps between lines of metrics."""
+    eval_every: int = 250
+    """Steps between validations on `eval_batches` batches. 0: only at the end."""
+    eval_batches: int = 16
+    """Micro-batches of a periodic validation; the last one reads the whole held-out text."""
+    max_skipped_steps: int = 10
+    """Steps that may be skipped in a row because the loss or a gradient was not finite."""
+    peak_tflops: float = 0.0
+    """Peak TFLOP/s of the device for MFU. 0: known GPUs by name, a matrix product measured at start elsewhere."""
+    tensorboard: bool = True
+    """Write TensorBoard event files next to metrics.jsonl."""
+    sample_prompt: str = "def "
+    """Prompt of the sample printed at the end."""
+    sample_tokens: int = 120
+    """Tokens of that sample. 0: none."""
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            self, "train", "steps", "batch_size", "micro_batch_size", "seq_len", "log_every", "eval_batches",
+            "max_skipped_steps",
+        )  # fmt: skip
+        _require_not_negative(self, "train", "eval_every", "peak_tflops", "sample_tokens", "seed")
+        require(
+            self.batch_size % self.micro_batch_size == 0,
+            "train.batch_size", self.batch_size, f"divisible by train.micro_batch_size ({self.micro_batch_size})",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Saving and resuming."""
+
+    every: int = 250
+    """Steps between checkpoints. 0: only at the end."""
+    keep: int = 2
+    """Newest checkpoints that are kept; at least 2, so that a damaged one has a predecessor."""
+
+    def __post_init__(self) -> None:
+        _require_not_negative(self, "checkpoint", "every")
+        require(self.keep >= 2, "checkpoint.keep", self.keep, "at least 2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A training run."""
+
+    preset: str = "tiny-moe"
+    """Model preset that `model` starts from; see `dmoe train --help`."""
+    run_dir: str = ""
+    """Folder of the run. "": runs/PRESET-DATE-TIME."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        require(
+            self.train.seq_len <= self.model.max_seq_len,
+            "train.seq_len", self.train.seq_len, f"at most model.max_seq_len ({self.model.max_seq_len})",
+        )  # fmt: skip
+        require(
+            self.data.tokenizer != "bpe" or self.data.vocab_size <= self.model.vocab_size,
+            "data.vocab_size", self.data.vocab_size, f"at most model.vocab_size ({self.model.vocab_size})",
+        )  # fmt: skip
+
+
+def config_to_yaml(config: Any) -> str:
+    """A config dataclass as YAML, every field written out."""
+    import yaml
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+    return yaml.safe_dump(plain(asdict(config)), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,125 @@
+"""`Decoder`: a decoder-only language model with a dense or mixture-of-experts feed-forward network in each layer."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dmoe.config import ModelConfig, require
+from dmoe.models.attention import Attention, rotary_tables
+from dmoe.moe import FeedForward, MoE, init_parameters
+
+
+class DecoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); `mlp` is a `FeedForward` or a `MoE`."""
+
+    def __init__(self, config: ModelConfig, *, moe: bool) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp = MoE(config.layer_moe_config()) if moe else FeedForward(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x_BSD: Tensor, cos_SH: Tensor, sin_SH: Tensor) -> Tensor:
+        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), cos_SH, sin_SH)
+        return x_BSD + self.mlp(self.post_attention_layernorm(x_BSD))
+
+
+class Decoder(nn.Module):
+    """Decoder-only transformer. Parameter names follow Hugging Face's Llama family, without the prefix `model.`.
+
+    Build large models with `Decoder.on_meta(config)`, then `to_empty(device=...)` and `init_weights` or a checkpoint.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = False
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        moe_layers = set(config.moe_layers())
+        self.layers = nn.ModuleList(DecoderLayer(config, moe=i in moe_layers) for i in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    @classmethod
+    def on_meta(cls, config: ModelConfig) -> Decoder:
+        """The model without memory for its weights."""
+        with torch.device("meta"):
+            return cls(config)
+
+    def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> Decoder:
+        """Allocate uninitialised weights on `device`. A tied head stays tied."""
+        super().to_empty(device=device, recurse=recurse)
+        if self.config.tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        return self
+
+    def init_weights(self, seed: int = 0) -> None:
+        """Normal weights, output projections scaled by depth; every parameter from a stream of its own."""
+        config = self.config
+        init_parameters(
+            self, std=config.init_std, output_std=config.init_std / math.sqrt(2 * config.num_layers), seed=seed
+        )
+
+    def forward(self, input_ids_BS: Tensor) -> Tensor:
+        """Logits [B, S, V] for token ids [B, S]; position s sees positions 0 to s."""
+        config = self.config
+        seq_len = input_ids_BS.shape[1]
+        if seq_len > config.max_seq_len:
+            require(False, "sequence length", seq_len, f"at most model.max_seq_len ({config.max_seq_len})")
+        positions_S = torch.arange(seq_len, device=input_ids_BS.device)
+        cos_SH, sin_SH = rotary_tables(positions_S, config.head_dim, config.rope_theta)
+        x_BSD = self.embed_tokens(input_ids_BS)
+        for layer in self.layers:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x_BSD = checkpoint(layer, x_BSD, cos_SH, sin_SH, use_reentrant=False)
+            else:
+                x_BSD = layer(x_BSD, cos_SH, sin_SH)
+        return self.lm_head(self.norm(x_BSD))
+
+    def loss(self, input_ids_BS: Tensor, targets_BS: Tensor, *, reduction: str = "mean") -> Tensor:
+        """Cross entropy in nats over the targets, computed in fp32."""
+        logits = self(input_ids_BS)
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets_BS.flatten(), reduction=reduction)
+
+    def num_params(self) -> int:
+        """Parameters, a tied head counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def num_active_params(self) -> int:
+        """Parameters that one token uses: all but the experts it is not routed to."""
+        return self.num_params() - sum(_idle_params(m) for m in self.modules() if isinstance(m, MoE))
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Model FLOPs of forward and backward per token, from active parameters.
+
+        6 per active matmul parameter (the embedding look-up is none, the head is one, tied or not), plus attention's
+        two products, 12 * layers * heads * head_dim * seq_len, halved because causal attention needs half of them
+        (Chowdhery et al., "PaLM", arXiv:2204.02311, appendix B, without that halving).
+        """
+        config = self.config
+        lookup = 0 if config.tie_embeddings else self.embed_tokens.weight.numel()
+        attention = 12 * config.num_layers * config.num_heads * config.head_dim * seq_len / 2
+        return 6.0 * (self.num_active_params() - lookup) + attention
+
+
+def _idle_params(layer: MoE) -> int:
+    routed = sum(p.numel() for p in layer.experts.parameters())
+    return routed * (layer.config.num_experts - layer.config.top_k) // layer.config.num_experts
+
+
+def count_parameters(config: ModelConfig, seq_len: int) -> dict[str, Any]:
+    """`num_params`, `num_active_params` and `flops_per_token` of a config, without allocating the model."""
+    model = Decoder.on_meta(config)
+    return {
+        "num_params": model.num_params(),
+        "num_active_params": model.num_active_params(),
+        "flops_per_token": model.flops_per_token(seq_len),
+    }

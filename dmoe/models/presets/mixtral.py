@@ -1,0 +1,20 @@
+"""Mixtral (Jiang et al., arXiv:2401.04088), from the config.json of mistralai/Mixtral-8x7B-v0.1."""
+
+from dmoe.config import ModelConfig, MoEConfig
+
+MIXTRAL_8X7B = ModelConfig(
+    vocab_size=32000,
+    hidden_size=4096,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    qk_norm="none",
+    rope_theta=1e6,
+    norm_eps=1e-5,
+    tie_embeddings=False,
+    intermediate_size=14336,
+    max_seq_len=32768,
+    # The published coefficient 0.02 is on Hugging Face's form of the loss, which is top_k times ours.
+    moe=MoEConfig(intermediate_size=14336, num_experts=8, top_k=2, aux_loss_coef=0.04, z_loss_coef=0.0),
+)

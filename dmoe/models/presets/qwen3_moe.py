@@ -1,0 +1,20 @@
+"""Qwen3-MoE (Qwen team, arXiv:2505.09388), from the config.json of Qwen/Qwen3-30B-A3B."""
+
+from dmoe.config import ModelConfig, MoEConfig
+
+QWEN3_30B_A3B = ModelConfig(
+    vocab_size=151936,
+    hidden_size=2048,
+    num_layers=48,
+    num_heads=32,
+    num_kv_heads=4,
+    head_dim=128,
+    qk_norm="head",
+    rope_theta=1e6,
+    norm_eps=1e-6,
+    tie_embeddings=False,
+    intermediate_size=6144,
+    max_seq_len=40960,
+    # The published coefficient 0.001 is on Hugging Face's form of the loss, which is top_k times ours.
+    moe=MoEConfig(intermediate_size=768, num_experts=128, top_k=8, aux_loss_coef=0.008, z_loss_coef=0.0),
+)

@@ -1,0 +1,25 @@
+"""The mixture-of-experts layer: router, experts, auxiliary losses, load statistics."""
+
+from dmoe.config import MoEConfig
+from dmoe.moe.experts import Experts, FeedForward
+from dmoe.moe.init import init_parameters
+from dmoe.moe.layer import MoE, moe_layers, set_aux_loss_scale
+from dmoe.moe.losses import attach_loss
+from dmoe.moe.router import Router, Routing
+from dmoe.moe.stats import LayerStats, LoadSummary, Recorder
+
+__all__ = [
+    "Experts",
+    "FeedForward",
+    "LayerStats",
+    "LoadSummary",
+    "MoE",
+    "MoEConfig",
+    "Recorder",
+    "Router",
+    "Routing",
+    "attach_loss",
+    "init_parameters",
+    "moe_layers",
+    "set_aux_loss_scale",
+]

@@ -1,0 +1,85 @@
+"""The routed experts' weights, and the shared expert."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dmoe.config import MoEConfig
+from dmoe.ops import expert_mlp
+from dmoe.ops.activations import activate
+
+
+class Experts(nn.Module):
+    """E expert MLPs in fused tensors: `gate_up_proj` [E, 2F, D] (rows gate, then up; `up_proj` [E, F, D] for plain
+    experts) and `down_proj` [E, D, F], with `gate_up_bias` or `up_bias` and `down_bias` if the config has biases."""
+
+    def __init__(
+        self, config: MoEConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        E, D, F = config.num_experts, config.hidden_size, config.intermediate_size
+
+        def empty(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
+
+        self._up_name = "gate_up" if config.gated else "up"
+        width = 2 * F if config.gated else F
+        self.register_parameter(f"{self._up_name}_proj", empty(E, width, D))
+        self.down_proj = empty(E, D, F)
+        self.register_parameter(f"{self._up_name}_bias", empty(E, width) if config.bias else None)
+        self.register_parameter("down_bias", empty(E, D) if config.bias else None)
+
+    def forward(self, x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
+        return expert_mlp(
+            x_TD,
+            topk_ids_TK,
+            topk_weights_TK,
+            getattr(self, f"{self._up_name}_proj"),
+            self.down_proj,
+            getattr(self, f"{self._up_name}_bias"),
+            self.down_bias,
+            activation=self.config.activation,
+            backend=self.config.backend,
+        )
+
+    def extra_repr(self) -> str:
+        c = self.config
+        kind = "gated" if c.gated else "plain"
+        return f"{c.num_experts} x {kind} {c.activation} {c.hidden_size} -> {c.intermediate_size}, bias={c.bias}"
+
+
+class FeedForward(nn.Module):
+    """A dense MLP, gated or plain: the shared expert, and the feed-forward network of a dense layer."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        activation: str = "silu",
+        gated: bool = True,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+
+        def linear(n_in: int, n_out: int) -> nn.Linear:
+            return nn.Linear(n_in, n_out, bias=bias, device=device, dtype=dtype)
+
+        self.gate_proj = linear(hidden_size, intermediate_size) if gated else None
+        self.up_proj = linear(hidden_size, intermediate_size)
+        self.down_proj = linear(intermediate_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        up = self.up_proj(x)
+        if self.gate_proj is None:
+            return self.down_proj(activate(up, self.activation, gated=False).to(up.dtype))
+        gate = self.gate_proj(x)
+        if self.activation == "silu":  # without the concatenation
+            return self.down_proj(torch.nn.functional.silu(gate) * up)
+        return self.down_proj(activate(torch.cat([gate, up], dim=-1), self.activation, gated=True).to(up.dtype))
+

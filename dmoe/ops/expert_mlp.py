@@ -1,0 +1,99 @@
+"""`expert_mlp`: the expert computation of a mixture of experts as one function over swappable backends."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dmoe.errors import ConfigError
+from dmoe.ops.grouped import expert_mlp_grouped
+from dmoe.ops.reference import expert_mlp_reference
+
+BACKENDS = {"reference": expert_mlp_reference, "torch": expert_mlp_grouped}
+
+
+def choose_backend(x: Tensor) -> str:
+    """Backend that `backend=None` stands for: "torch", or "reference" for fp64, which grouped_mm does not have."""
+    return "reference" if x.dtype == torch.float64 else "torch"
+
+
+def _check(
+    x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, gate_up_bias: Tensor | None,
+    down_bias: Tensor | None, backend: str,
+) -> None:  # fmt: skip
+    def fail(name: str, got: object, wanted: str) -> None:
+        raise ConfigError(f"expert_mlp: {name} is {got}: must be {wanted}")
+
+    if backend not in BACKENDS:
+        fail("backend", repr(backend), f"one of {', '.join(BACKENDS)}")
+    if x.dim() != 2:
+        fail("x_TD", f"of shape {tuple(x.shape)}", "[tokens, width]")
+    if ids.dim() != 2 or ids.shape[0] != x.shape[0] or ids.shape != weights.shape:
+        fail(
+            "topk_ids_TK", f"of shape {tuple(ids.shape)} (topk_weights_TK: {tuple(weights.shape)})",
+            f"[{x.shape[0]}, K] like topk_weights_TK",
+        )  # fmt: skip
+    if ids.dtype not in (torch.int64, torch.int32):
+        fail("topk_ids_TK", ids.dtype, "int64 or int32")
+    width = x.shape[1]
+    if down.dim() != 3 or down.shape[1] != width:
+        fail("down_proj", f"of shape {tuple(down.shape)}", f"[E, {width}, F]")
+    num_experts, _, expert_width = down.shape
+    if gate_up.shape not in ((num_experts, 2 * expert_width, width), (num_experts, expert_width, width)):
+        fail(
+            "gate_up_proj", f"of shape {tuple(gate_up.shape)}",
+            f"[{num_experts}, {2 * expert_width}, {width}] (gated) or [{num_experts}, {expert_width}, {width}]",
+        )  # fmt: skip
+    for name, bias, shape in (("gate_up_bias", gate_up_bias, gate_up.shape[:2]), ("down_bias", down_bias, down.shape[:2])):
+        if bias is not None and bias.shape != shape:
+            fail(name, f"of shape {tuple(bias.shape)}", f"{list(shape)}")
+    if backend == "torch" and x.dtype == torch.float64:
+        fail("backend", "'torch' for an fp64 input", "'reference' (grouped_mm has no fp64)")
+
+
+def expert_mlp(
+    x_TD: Tensor,
+    topk_ids_TK: Tensor,
+    topk_weights_TK: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    *,
+    activation: str = "silu",
+    backend: str | None = None,
+) -> Tensor:
+    """y_t = sum over k of weight[t, k] * MLP_{id[t, k]}(x_t), for every token, however skewed the routing.
+
+    Args:
+        x_TD: [T, D] tokens; T may be 0. fp32, bf16, fp16; fp64 with the reference backend.
+        topk_ids_TK: [T, K] int64 or int32, distinct expert ids in [0, E) within a row. Not checked: that would
+            synchronise with the device.
+        topk_weights_TK: [T, K] routing weights, applied once, in fp32.
+        gate_up_proj: [E, 2F, D], rows gate then up, for gated experts; [E, F, D] for plain ones. The shape decides.
+        down_proj: [E, D, F].
+        gate_up_bias, down_bias: [E, 2F] or [E, F], and [E, D].
+        activation: "silu", "gelu", "gelu_tanh", "relu", "relu2", or "clamped_swiglu" (gated, gpt-oss).
+        backend: "reference", "torch" or None: by device and dtype.
+
+    Returns:
+        [T, D] in the dtype of `x_TD`; under autocast in the autocast dtype, to which inputs and weights are cast.
+        Differentiable in x, topk_weights, both projections and both biases. No host synchronisation on a GPU, but
+        for fp32 there, where torch's grouped_mm itself reads the group sizes back.
+
+    Raises:
+        ConfigError: a shape or dtype does not fit, or the backend is unknown; names the argument.
+    """
+    device = x_TD.device.type
+    if torch.is_autocast_enabled(device) and x_TD.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        x_TD, gate_up_proj, down_proj = (t.to(dtype) for t in (x_TD, gate_up_proj, down_proj))
+        gate_up_bias = None if gate_up_bias is None else gate_up_bias.to(dtype)
+        down_bias = None if down_bias is None else down_bias.to(dtype)
+    backend = backend or choose_backend(x_TD)
+    _check(x_TD, topk_ids_TK, topk_weights_TK, gate_up_proj, down_proj, gate_up_bias, down_bias, backend)
+    run = BACKENDS[backend]
+    with torch.autocast(device, enabled=False):
+        return run(
+            x_TD, topk_ids_TK, topk_weights_TK, gate_up_proj, down_proj, gate_up_bias, down_bias, activation
+        )  # fmt: skip

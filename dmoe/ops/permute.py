@@ -1,0 +1,49 @@
+"""Token permutation: group the T*K routed rows by expert, and put their results back.
+
+Legend: T tokens, K picks a token, R = T*K routed rows, E experts, D width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Permutation(NamedTuple):
+    """Rows sorted by expert; within an expert, by token."""
+
+    order_R: Tensor
+    """int64: sorted row r is pick `order_R[r]` of the flattened [T*K] picks, so its token is `order_R[r] // K`."""
+    inverse_TK: Tensor
+    """int64: the sorted row that holds pick k of token t."""
+    offsets_E: Tensor
+    """int32: expert e owns the sorted rows offsets_E[e-1] .. offsets_E[e]-1."""
+
+
+def sort_by_expert(topk_ids_TK: Tensor, num_experts: int) -> Permutation:
+    """Permutation that groups picks by expert. No host synchronisation, no data-dependent shape.
+
+    Args:
+        topk_ids_TK: integer expert ids in [0, num_experts).
+    """
+    flat = topk_ids_TK.reshape(-1)
+    ids_R, order_R = torch.sort(flat, stable=True)
+    rows = torch.arange(flat.numel(), device=flat.device)
+    inverse = torch.empty_like(order_R).scatter_(0, order_R, rows)
+    experts = torch.arange(num_experts, device=flat.device, dtype=ids_R.dtype)
+    offsets = torch.searchsorted(ids_R, experts, right=True, out_int32=True)
+    return Permutation(order_R, inverse.view(topk_ids_TK.shape), offsets)
+
+
+def sum_picks(y_RD: Tensor, inverse_TK: Tensor) -> Tensor:
+    """y_TD[t] = sum over k of y_RD[inverse_TK[t, k]], added in the order of k with fp32 accumulation.
+
+    The order is fixed, so a token's sum has the same bits whatever else is in the batch. Not differentiable.
+    """
+    if inverse_TK.numel() == 0:
+        return y_RD.new_zeros(inverse_TK.shape[0], y_RD.shape[1])
+    # embedding_bag reads every row once and writes T rows; gather-then-sum would write R rows in between.
+    return F.embedding_bag(inverse_TK, y_RD, mode="sum")

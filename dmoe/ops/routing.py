@@ -1,0 +1,71 @@
+"""Routing maths: scores, top-k choice, load-balancing loss, z-loss, counts. Pure functions of router logits.
+
+Legend: T tokens, E experts, K picks a token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def router_scores(logits_TE: Tensor, score_function: str) -> Tensor:
+    """Scores in (0, 1) from fp32 logits: "softmax" over the experts, or an independent "sigmoid" each."""
+    if score_function == "softmax":
+        return logits_TE.softmax(dim=-1)
+    if score_function == "sigmoid":
+        return logits_TE.sigmoid()
+    raise ValueError(f"unknown score function {score_function!r}")
+
+
+def choose_topk(scores_TE: Tensor, top_k: int, *, normalize: bool, scaling_factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The K experts of highest score and their weights.
+
+    Args:
+        normalize: divide a token's K weights by their sum.
+        scaling_factor: multiplies the weights afterwards (DeepSeek-V3's routed_scaling_factor).
+
+    Returns:
+        topk_ids_TK int64, by falling score, and topk_weights_TK in the dtype of `scores_TE`.
+    """
+    weights_TK, ids_TK = scores_TE.topk(top_k, dim=-1)
+    if normalize:
+        # Sigmoid scores can all underflow; the bound keeps 0 / 0 out of the graph and is far below a softmax sum.
+        weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True).clamp_min(1e-20)
+    if scaling_factor != 1.0:
+        weights_TK = weights_TK * scaling_factor
+    return ids_TK, weights_TK
+
+
+def count_tokens_per_expert(topk_ids_TK: Tensor, num_experts: int) -> Tensor:
+    """int64 [E]: picks each expert received. Deterministic and without a data-dependent shape."""
+    chosen_TE = torch.zeros(topk_ids_TK.shape[0], num_experts, dtype=torch.bool, device=topk_ids_TK.device)
+    return chosen_TE.scatter_(1, topk_ids_TK, True).sum(dim=0)
+
+
+def load_balancing_loss(scores_TE: Tensor, tokens_per_expert_E: Tensor, top_k: int) -> Tensor:
+    """Switch-style auxiliary loss E * sum_e f_e * P_e, without its coefficient.
+
+    f_e is the share of the T*K picks that went to expert e (no gradient) and P_e the mean over tokens of the score of
+    e, scores normalised to sum to 1 over the experts (a softmax already does; sigmoid scores are divided by their sum,
+    DeepSeek-V3, arXiv:2412.19437, eq. 17-20). Equal load gives 1, all tokens on one expert up to E / K.
+    Fedus et al., "Switch Transformers", arXiv:2101.03961, eq. 4-6, with f over K picks as in ST-MoE and Megatron-core.
+    Hugging Face's loss does not divide by K and is K times this one.
+    """
+    num_tokens, num_experts = scores_TE.shape
+    probs_TE = scores_TE / scores_TE.sum(dim=-1, keepdim=True).clamp_min(1e-20)
+    # max(T, 1): with no token both factors are sums over nothing and the loss is 0, not 0 / 0.
+    mean_prob_E = probs_TE.sum(dim=0) / max(num_tokens, 1)
+    share_E = tokens_per_expert_E.to(probs_TE.dtype) / max(num_tokens * top_k, 1)
+    return num_experts * (share_E * mean_prob_E).sum()
+
+
+def router_z_loss(logits_TE: Tensor) -> Tensor:
+    """Mean over tokens of logsumexp(logits)^2, without its coefficient (ST-MoE, arXiv:2202.08906, eq. 5)."""
+    return logits_TE.logsumexp(dim=-1).square().sum() / max(logits_TE.shape[0], 1)
+
+
+def router_entropy(scores_TE: Tensor) -> Tensor:
+    """Mean over tokens of the entropy of the normalised scores, in nats; ln E means the router does not choose."""
+    probs_TE = scores_TE / scores_TE.sum(dim=-1, keepdim=True).clamp_min(1e-20)
+    return torch.special.entr(probs_TE).sum() / max(scores_TE.shape[0], 1)

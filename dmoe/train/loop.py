@@ -1,0 +1,286 @@
+"""`train`: the loop, from a configuration to a run directory.
+
+    run_dir/config.yaml, model.json, tokenizer.json     what was run
+    run_dir/metrics.jsonl, tensorboard/                  how it went
+    run_dir/checkpoints/                                 where it got to
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dmoe.checkpoint import (
+    capture_rng,
+    find_checkpoints,
+    load_latest,
+    restore_rng,
+    restore_training_state,
+    save_checkpoint,
+    training_state,
+)
+from dmoe.config import RunConfig, config_to_yaml, require
+from dmoe.data import Dataset, WindowSampler, prepare
+from dmoe.errors import ConfigError, RunError
+from dmoe.models import Decoder, count_parameters
+from dmoe.moe import Recorder, set_aux_loss_scale
+from dmoe.train.device import memory_gib, peak_tflops, resolve_device
+from dmoe.train.evaluate import EvalResult, evaluate
+from dmoe.train.metrics import MetricsLogger, load_fields
+from dmoe.train.optim import build_optimizer, learning_rate
+from dmoe.train.signals import StopRequest
+from dmoe.train.step import StepResult, micro_batches, training_step
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a call of `train` ended."""
+
+    run_dir: Path
+    step: int
+    """Optimiser steps done."""
+    stopped_by: int | None
+    """The signal that ended the run early, or None."""
+    evaluation: EvalResult | None
+    """The last validation on the whole held-out text."""
+    zlib_bits_per_byte: float
+    """zlib level 9 on the same text."""
+
+
+@dataclass
+class _Window:
+    """What happened since the last line of metrics."""
+
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    steps: int = 0
+    grad_norm: float = float("nan")
+
+
+@dataclass
+class _Progress:
+    """The part of the state that is neither model nor optimiser."""
+
+    step: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    elapsed_seconds: float = 0.0
+
+
+def train(config: RunConfig, *, resume: bool = False) -> TrainResult:
+    """Train until `train.steps`, or until SIGINT or SIGTERM: then finish the step, save and return.
+
+    Args:
+        resume: continue in `config.run_dir` from its newest whole checkpoint, if it has one.
+
+    Raises:
+        ConfigError: the configuration does not fit the corpus, the device or the run directory.
+        RunError: the disk refuses, every checkpoint is damaged, or too many steps in a row were not finite.
+    """
+    device = resolve_device(config.train.device)
+    # A run that resumes has a checkpoint's text and tokeniser to match: the cache key does that.
+    data = prepare(config.data)
+    _check_against_data(config, data)
+    config, run_dir = _open_run_dir(config, data, resume=resume)
+
+    torch.manual_seed(config.train.seed)
+    model = Decoder.on_meta(config.model).to_empty(device=device)
+    model.init_weights(config.train.seed)
+    model.activation_checkpointing = config.train.activation_checkpointing
+    optimizer = build_optimizer(model, config.optim)
+    messages: list[str] = []
+    progress = _restore(run_dir, model, optimizer, messages) if resume else _Progress()
+    if config.train.compile:
+        for layer in model.layers:
+            layer.compile(fullgraph=True)
+
+    loop = _Loop(config, run_dir, data, model, optimizer, device, progress)
+    with MetricsLogger(run_dir, config.train.steps, progress.step, tensorboard=config.train.tensorboard) as log:
+        log.console.print(_headline(config, model, data, device))
+        for message in messages:
+            log.write({"kind": "event", "step": progress.step, "message": message})
+        with StopRequest() as stop:
+            return loop.run(log, stop)
+
+
+class _Loop:
+    """Everything one step needs, so that each part of the loop is a short method."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        data: Dataset,
+        model: Decoder,
+        optimizer: torch.optim.AdamW,
+        device: torch.device,
+        progress: _Progress,
+    ) -> None:
+        self.config, self.run_dir, self.data, self.device = config, run_dir, data, device
+        self.model, self.optimizer, self.progress = model, optimizer, progress
+        self.sampler = WindowSampler(len(data.train.tokens), config.train.seq_len, config.train.seed)
+        self.recorder = Recorder(model)
+        self.window = _Window()
+        self.flops_per_token = model.flops_per_token(config.train.seq_len)
+        self.peak_tflops = peak_tflops(config.train, device)
+        set_aux_loss_scale(model, config.train.micro_batch_size / config.train.batch_size)
+
+    def run(self, log: MetricsLogger, stop: StopRequest) -> TrainResult:
+        train, progress = self.config.train, self.progress
+        saved_step = progress.step
+        while progress.step < train.steps and stop.signum is None:
+            self.step()
+            done = progress.step == train.steps
+            log.console.advance(progress.step, self.window.losses[-1] if self.window.losses else float("nan"))
+            if progress.step % train.log_every == 0 or done:
+                self.log_training(log)
+            if train.eval_every and progress.step % train.eval_every == 0 and not done:
+                self.log_evaluation(log, evaluate(self.model, self.data, train, self.device, max_batches=train.eval_batches))
+            every = self.config.checkpoint.every
+            if every and progress.step % every == 0:
+                self.save()
+                saved_step = progress.step
+        if saved_step != progress.step:
+            self.save()
+        evaluation = None
+        if stop.signum is None:
+            evaluation = evaluate(self.model, self.data, train, self.device)
+            self.log_evaluation(log, evaluation)
+        else:
+            message = f"stopped by signal {stop.signum} after step {progress.step}; saved, continue with --resume {self.run_dir}"
+            log.write({"kind": "event", "step": progress.step, "message": message})
+        return TrainResult(self.run_dir, progress.step, stop.signum, evaluation, self.data.zlib_bits_per_byte)
+
+    def step(self) -> StepResult:
+        """One optimiser step, or a skipped one."""
+        config, progress = self.config, self.progress
+        start = time.perf_counter()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(progress.step, config.train.steps, config.optim)
+        starts = self.sampler.window_starts(progress.step, config.train.batch_size)
+        batches = micro_batches(self.data.train.tokens, starts, config, self.device)
+        result = training_step(self.model, self.optimizer, batches, config, self.recorder, self.device)
+        progress.step += 1
+        if result.finite:
+            progress.skipped_in_a_row = 0
+            self.window.losses.append(result.loss)
+        else:
+            progress.skipped_steps += 1
+            progress.skipped_in_a_row += 1
+        self.window.grad_norm = result.grad_norm
+        seconds = time.perf_counter() - start
+        self.window.seconds += seconds
+        self.window.steps += 1
+        progress.elapsed_seconds += seconds
+        if progress.skipped_in_a_row >= config.train.max_skipped_steps:
+            raise RunError(
+                f"step {progress.step}: loss {result.loss} and gradient norm {result.grad_norm} in the last of "
+                f"{progress.skipped_in_a_row} skipped steps in a row, the limit train.max_skipped_steps; "
+                f"the weights are those of step {progress.step - progress.skipped_in_a_row}: lower optim.lr or look at the data"
+            )
+        return result
+
+    def log_training(self, log: MetricsLogger) -> None:
+        train, progress, window = self.config.train, self.progress, self.window
+        tokens_per_second = window.steps * train.batch_size * train.seq_len / window.seconds
+        tflops = tokens_per_second * self.flops_per_token / 1e12
+        log.write(
+            {
+                "kind": "train",
+                "step": progress.step,
+                "tokens": progress.step * train.batch_size * train.seq_len,
+                "loss": sum(window.losses) / len(window.losses) if window.losses else float("nan"),
+                "lr": self.optimizer.param_groups[0]["lr"],
+                "grad_norm": window.grad_norm,
+                "tokens_per_second": tokens_per_second,
+                "step_seconds": window.seconds / window.steps,
+                "model_tflops": tflops,
+                "mfu": tflops / self.peak_tflops,
+                "memory_gib": memory_gib(self.device),
+                "skipped_steps": progress.skipped_steps,
+                "elapsed_seconds": progress.elapsed_seconds,
+                **load_fields(self.recorder.summary()),
+            }
+        )
+        self.recorder.reset()
+        self.window = _Window()
+
+    def log_evaluation(self, log: MetricsLogger, result: EvalResult) -> None:
+        record = {"kind": "eval", "step": self.progress.step, **dataclasses.asdict(result)}
+        log.write(record | {"zlib_bits_per_byte": self.data.zlib_bits_per_byte})
+
+    def save(self) -> None:
+        """A checkpoint of this step."""
+        state = training_state(self.model, self.optimizer)
+        state |= {"rng": capture_rng(), "trainer": dataclasses.asdict(self.progress)}
+        save_checkpoint(self.run_dir, self.progress.step, state, keep=self.config.checkpoint.keep)
+
+
+def _restore(run_dir: Path, model: Decoder, optimizer: torch.optim.Optimizer, messages: list[str]) -> _Progress:
+    state: dict[str, Any] = training_state(model, optimizer) | {"rng": capture_rng()}
+    loaded = load_latest(run_dir, state, on_refused=messages.append)
+    if loaded is None:
+        messages.append("no checkpoint yet: starting at step 0")
+        return _Progress()
+    step, trainer = loaded
+    restore_training_state(model, optimizer, state)
+    restore_rng(state["rng"])
+    messages.append(f"resumed from step {step}")
+    return _Progress(**trainer)
+
+
+def _check_against_data(config: RunConfig, data: Dataset) -> None:
+    vocab_size = data.tokenizer.vocab_size
+    require(
+        config.model.vocab_size >= vocab_size,
+        "model.vocab_size", config.model.vocab_size, f"at least the tokenizer's {vocab_size}",
+    )  # fmt: skip
+    shortest = min(len(data.train.tokens), len(data.val.tokens))
+    require(
+        config.train.seq_len < shortest,
+        "train.seq_len", config.train.seq_len, f"less than the {shortest} tokens of the smaller side of the corpus",
+    )  # fmt: skip
+
+
+def _open_run_dir(config: RunConfig, data: Dataset, *, resume: bool) -> tuple[RunConfig, Path]:
+    """Make the run directory and write what was run. Returns the config with `run_dir` filled in."""
+    if config.run_dir:
+        run_dir = Path(config.run_dir)
+    else:
+        run_dir = Path("runs") / f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if not resume and ((run_dir / "config.yaml").exists() or find_checkpoints(run_dir)):
+        raise ConfigError(f"run_dir is {str(run_dir)!r}: must not hold a run already; --resume continues it")
+    config = dataclasses.replace(config, run_dir=str(run_dir))
+    counts = count_parameters(config.model, config.train.seq_len)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        _write(run_dir / "config.yaml", config_to_yaml(config))
+        _write(run_dir / "model.json", json.dumps(counts, indent=1))
+        temporary = run_dir / ".tokenizer.json.tmp"
+        shutil.copyfile(data.folder / "tokenizer.json", temporary)
+        os.replace(temporary, run_dir / "tokenizer.json")
+    except OSError as error:
+        raise RunError(f"run_dir {str(run_dir)!r}: {error.strerror}") from error
+    return config, run_dir
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _headline(config: RunConfig, model: Decoder, data: Dataset, device: torch.device) -> str:
+    experts = f", {config.model.moe.num_experts} experts, top {config.model.moe.top_k}" if config.model.moe_layers() else ""
+    return (
+        f"{config.preset}: {model.num_params() / 1e6:,.1f} M parameters, {model.num_active_params() / 1e6:,.1f} M active"
+        f"{experts}; {len(data.train.tokens):,} training tokens; {device}; run directory {config.run_dir}"
+    )

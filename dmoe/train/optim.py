@@ -1,0 +1,53 @@
+"""AdamW, its parameter groups, and the learning-rate schedule as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from dmoe.config import OptimConfig
+
+
+def decays(name: str, parameter: torch.Tensor) -> bool:
+    """Whether weight decay applies: to matrices and fused expert tensors, the embedding and the head included;
+    not to vectors (norms), biases, or `router.weight`, whose rows are per-expert vectors compared with each other."""
+    return parameter.dim() >= 2 and not name.endswith("bias") and not name.endswith("router.weight")
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW with two groups, decayed and not. Frozen parameters are in neither."""
+    groups: dict[bool, list[torch.Tensor]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[decays(name, parameter)].append(parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": groups[True], "weight_decay": config.weight_decay},
+            {"params": groups[False], "weight_decay": 0.0},
+        ],
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        fused=True,
+    )
+
+
+def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
+    """Learning rate of optimiser step `step` (0-based) out of `total_steps`.
+
+    Linear warm-up over `warmup_steps`, then "cosine": half a cosine to lr * min_lr_ratio at the last step; "wsd":
+    constant, then linear to lr * min_lr_ratio over the last `decay_fraction` of the steps (Hu et al., "MiniCPM",
+    arXiv:2404.06395); "constant".
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    start = config.warmup_steps
+    if config.schedule == "wsd":
+        start = max(start, round(total_steps * (1 - config.decay_fraction)))
+    if config.schedule == "constant" or step < start:
+        return config.lr
+    progress = min(1.0, (step - start) / max(1, total_steps - 1 - start))
+    remaining = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1 - progress
+    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * remaining)
