@@ -38,7 +38,7 @@ class MoEConfig:
 
     hidden_size: int = 0
     """D, width of the residual stream. 0: taken from the model that holds the layer."""
-    intermediate_size: int = 256
+    intermediate_size: int = 192
     """F, width of one expert."""
     num_experts: int = 8
     """E, routed experts."""
@@ -57,7 +57,7 @@ class MoEConfig:
     routed_scaling_factor: float = 1.0
     """Factor on the routed weights, after renormalisation."""
     aux_loss_coef: float = 0.01
-    """Weight of the switch-style load-balancing loss; the loss is 1 at perfect balance. 0 turns it off."""
+    """Weight of the switch-style load-balancing loss in each layer; the loss is 1 at equal load. 0 turns it off."""
     z_loss_coef: float = 0.001
     """Weight of the router z-loss, mean(logsumexp(logits)^2). 0 turns it off."""
     shared_intermediate_size: int = 0
@@ -68,7 +68,8 @@ class MoEConfig:
     def __post_init__(self) -> None:
         _require_positive(self, "moe", "intermediate_size", "num_experts", "top_k", "routed_scaling_factor")
         _require_not_negative(self, "moe", "hidden_size", "aux_loss_coef", "z_loss_coef", "shared_intermediate_size")
-        require(self.top_k <= self.num_experts, "moe.top_k", self.top_k, f"at most moe.num_experts ({self.num_experts})")
+        if self.top_k > self.num_experts:
+            require(False, "moe.top_k", self.top_k, f"at most moe.num_experts ({self.num_experts})")
         if self.activation == "clamped_swiglu":
             require(self.gated, "moe.gated", self.gated, 'True with moe.activation "clamped_swiglu"')
 
@@ -77,15 +78,15 @@ class MoEConfig:
 class ModelConfig:
     """A decoder-only language model. `moe_layers()` says which layers are mixtures of experts."""
 
-    vocab_size: int = 4096
+    vocab_size: int = 2048
     """Rows of the embedding; at least the tokeniser's."""
-    hidden_size: int = 256
+    hidden_size: int = 128
     """D, width of the residual stream."""
-    num_layers: int = 6
+    num_layers: int = 4
     """Decoder blocks."""
-    num_heads: int = 4
+    num_heads: int = 2
     """Query heads."""
-    num_kv_heads: int = 2
+    num_kv_heads: int = 1
     """Key/value heads (grouped-query attention)."""
     head_dim: int = 64
     """Width of one head."""
@@ -97,7 +98,7 @@ class ModelConfig:
     """Epsilon of every RMSNorm."""
     tie_embeddings: bool = True
     """Head shares its weight with the embedding."""
-    intermediate_size: int = 1024
+    intermediate_size: int = 384
     """Width of a dense layer's feed-forward network."""
     moe_layer_freq: int = 1
     """Every n-th layer is a mixture of experts. 0: a dense model."""
@@ -143,12 +144,12 @@ class DataConfig:
     """Text, tokeniser and split."""
 
     corpus: str = "stdlib"
-    """"stdlib" (the Python standard library's source), a text file, a folder, a glob, or a .jsonl file."""
+    """"stdlib" (the Python standard library's source), a text file, a folder, a glob, or .jsonl, a document a line."""
     text_field: str = "text"
-    """Key of the text in each line of a .jsonl corpus."""
+    """Key of the text in each line of a .jsonl file."""
     tokenizer: str = "bpe"
     """"bpe" (byte-level BPE trained on the corpus), "bytes", or the path of a tokenizer.json."""
-    vocab_size: int = 4096
+    vocab_size: int = 2048
     """Size of the BPE that is trained: 256 bytes, the end-of-document token, and merges."""
     val_fraction: float = 0.05
     """Share of the documents that is held out, chosen by a hash of each document's text."""
@@ -186,7 +187,8 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "optim", "lr", "eps")
-        _require_not_negative(self, "optim", "weight_decay", "clip_norm", "warmup_steps", "min_lr_ratio")
+        _require_not_negative(self, "optim", "weight_decay", "clip_norm", "warmup_steps")
+        require(0 <= self.min_lr_ratio <= 1, "optim.min_lr_ratio", self.min_lr_ratio, "in [0, 1]")
         require(all(0 <= b < 1 for b in self.betas), "optim.betas", self.betas, "two numbers in [0, 1)")
         require(0 < self.decay_fraction <= 1, "optim.decay_fraction", self.decay_fraction, "in (0, 1]")
 
@@ -197,9 +199,9 @@ class TrainConfig:
 
     steps: int = 1000
     """Optimiser steps."""
-    batch_size: int = 16
+    batch_size: int = 8
     """Sequences per optimiser step, over all ranks."""
-    micro_batch_size: int = 16
+    micro_batch_size: int = 8
     """Sequences per forward pass; gradients accumulate over batch_size / micro_batch_size passes."""
     seq_len: int = 256
     """Tokens per sequence."""
@@ -212,10 +214,10 @@ class TrainConfig:
     device: str = "auto"
     """"auto", "cpu", "cuda" or "cuda:N"."""
     seed: int = 0
-    """Seeds the weights, the data order and the split."""
+    """Seeds the weights, the data order and the sample."""
     log_every: int = 10
     """Steps between lines of metrics."""
-    eval_every: int = 250
+    eval_every: int = 200
     """Steps between validations on `eval_batches` batches. 0: only at the end."""
     eval_batches: int = 16
     """Micro-batches of a periodic validation; the last one reads the whole held-out text."""
@@ -240,6 +242,7 @@ class TrainConfig:
             self.batch_size % self.micro_batch_size == 0,
             "train.batch_size", self.batch_size, f"divisible by train.micro_batch_size ({self.micro_batch_size})",
         )  # fmt: skip
+        require(self.seed < 2**63, "train.seed", self.seed, "less than 2**63")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,7 +58,8 @@ def convert(name: str, value: Any, kind: Any) -> Any:
     if origin is Literal:
         if value in args:
             return value
-        raise ConfigError(f"{name} is {value!r}: must be one of {', '.join(map(str, args))}{nearest(str(value), [str(a) for a in args])}")
+        valid = [str(a) for a in args]
+        raise ConfigError(f"{name} is {value!r}: must be one of {', '.join(valid)}{nearest(str(value), valid)}")
     if origin is tuple:
         items = value.replace(",", " ").split() if isinstance(value, str) else value
         if not isinstance(items, (list, tuple)) or len(items) != len(args):
@@ -72,17 +73,26 @@ def convert(name: str, value: Any, kind: Any) -> Any:
             return words[str(value).lower()]
         raise ConfigError(f"{name} is {value!r}: must be true or false")
     if kind is str:
+        if isinstance(value, (dict, list)):
+            raise ConfigError(f"{name} is {value!r}: must be one text")
         return "" if value is None else str(value)
-    if isinstance(value, bool) or value is None:
-        raise ConfigError(f"{name} is {value!r}: must be {'an integer' if kind is int else 'a number'}")
+    return _convert_number(name, value, kind)
+
+
+def _convert_number(name: str, value: Any, kind: type) -> int | float:
+    wrong = ConfigError(f"{name} is {value!r}: must be {'an integer' if kind is int else 'a number'}")
+    if not isinstance(value, (int, float, str)) or isinstance(value, bool):
+        raise wrong
     try:
         number = float(value)
-        if kind is int and number != int(number):
-            raise ValueError
-        # int(str) first: a float would round a large integer
-        return number if kind is float else (int(value) if isinstance(value, (int, str)) and str(value).lstrip("+-").isdigit() else int(number))
+        if kind is float:
+            return number
+        if number != int(number):
+            raise wrong
+        # Not int(number) where there is a choice: a float would round a large integer.
+        return int(value) if str(value).lstrip("+-").isdigit() else int(number)
     except (ValueError, OverflowError):
-        raise ConfigError(f"{name} is {value!r}: must be {'an integer' if kind is int else 'a number'}") from None
+        raise wrong from None
 
 
 def apply_overrides(config: Config, overrides: dict[str, Any], prefix: str = "") -> Config:
@@ -105,7 +115,8 @@ def apply_overrides(config: Config, overrides: dict[str, Any], prefix: str = "")
         kind = hints[key]
         if dataclasses.is_dataclass(kind):
             if not isinstance(value, dict):
-                raise ConfigError(f"{name} is {value!r}: must be a section with fields such as {name}.{field_names(typing.cast(type, kind))[0]}")
+                first = field_names(typing.cast(type, kind))[0]
+                raise ConfigError(f"{name} is {value!r}: must be a section with fields such as {name}.{first}")
             changes[key] = apply_overrides(getattr(config, key), value, name + ".")
         else:
             changes[key] = convert(name, value, kind)
@@ -134,8 +145,8 @@ def parse_overrides(args: list[str]) -> dict[str, Any]:
         if name not in field_names(RunConfig):
             raise ConfigError(f"unknown option --{name}{nearest(name, field_names(RunConfig))}")
         if not equals:
-            if not rest:
-                raise ConfigError(f"option --{name} needs a value")
+            if not rest or rest[0].startswith("--"):
+                raise ConfigError(f"option --{name} needs a value (one that begins with -- goes after an = sign)")
             value = rest.pop(0)
         *sections, field = name.split(".")
         place = overrides
@@ -155,10 +166,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"config file {str(path)!r}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config file {str(path)!r}: must be UTF-8 text, but byte {error.start} is not") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"config file {str(path)!r}{where}: not valid YAML ({getattr(error, 'problem', error)})") from None
+        problem = getattr(error, "problem", error)
+        raise ConfigError(f"config file {str(path)!r}{where}: not valid YAML ({problem})") from None
     if content is None:
         return {}
     if not isinstance(content, dict):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from dmoe.checkpoint import load_model_weights
 from dmoe.config import RunConfig, require
@@ -21,7 +22,6 @@ def load_run(run_dir: Path, config: RunConfig, device: torch.device) -> tuple[De
     return model.eval(), load_tokenizer(run_dir / "tokenizer.json")
 
 
-@torch.no_grad()
 def generate_tokens(
     model: Decoder,
     prompt_ids: list[int],
@@ -33,7 +33,7 @@ def generate_tokens(
     seed: int = 0,
     eos_id: int | None = None,
 ) -> Iterator[int]:
-    """Yield new token ids until `eos_id` (not yielded) or `max_new_tokens`.
+    """New token ids one by one, until `eos_id` (not yielded) or `max_new_tokens`.
 
     The model sees the last `max_seq_len` tokens. The same arguments give the same tokens on the same machine.
 
@@ -44,13 +44,23 @@ def generate_tokens(
     require(temperature >= 0, "temperature", temperature, "0 or greater")
     require(top_k >= 0, "top_k", top_k, "0 or greater")
     require(0 < top_p <= 1, "top_p", top_p, "in (0, 1]")
+    require(0 <= seed < 2**63, "seed", seed, "in [0, 2**63)")
+    generator = torch.Generator(model.embed_tokens.weight.device).manual_seed(seed)
+
+    def choose(logits_V: Tensor) -> int:
+        return sample_token(logits_V, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+
+    return _decode(model, list(prompt_ids), max_new_tokens, choose, eos_id)
+
+
+@torch.no_grad()
+def _decode(
+    model: Decoder, ids: list[int], max_new_tokens: int, choose: Callable[[Tensor], int], eos_id: int | None
+) -> Iterator[int]:
     device = model.embed_tokens.weight.device
-    generator = torch.Generator(device).manual_seed(seed)
-    ids = list(prompt_ids)
     for _ in range(max_new_tokens):
         window = torch.tensor([ids[-model.config.max_seq_len :]], device=device)
-        logits_V = model(window)[0, -1]
-        token = sample_token(logits_V, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+        token = choose(model(window)[0, -1])
         if token == eos_id:
             return
         ids.append(token)

@@ -20,13 +20,13 @@ def sample_token(
         temperature: 0 takes the most likely token.
         top_k: sample among the k most likely tokens; 0: all.
         top_p: sample among the most likely tokens whose probabilities first reach p (Holtzman et al.,
-            arXiv:1904.09751).
+            arXiv:1904.09751). After top_k, as in transformers: p is a share of what top_k left.
     """
     if temperature == 0:
         return int(logits_V.argmax())
     probs_V, ids_V = (logits_V.float() / temperature).softmax(dim=-1).sort(descending=True, stable=True)
     if top_k:
-        probs_V, ids_V = probs_V[:top_k], ids_V[:top_k]
+        probs_V, ids_V = probs_V[:top_k] / probs_V[:top_k].sum(), ids_V[:top_k]
     if top_p < 1:
         # a token stays if the ones before it have not reached p yet; the first always stays
         keep = probs_V.cumsum(dim=0) - probs_V < top_p

@@ -100,9 +100,10 @@ class Decoder(nn.Module):
     def flops_per_token(self, seq_len: int) -> float:
         """Model FLOPs of forward and backward per token, from active parameters.
 
-        6 per active matmul parameter (the embedding look-up is none, the head is one, tied or not), plus attention's
-        two products, 12 * layers * heads * head_dim * seq_len, halved because causal attention needs half of them
-        (Chowdhery et al., "PaLM", arXiv:2204.02311, appendix B, without that halving).
+        6 per active parameter (the embedding look-up costs none, the head does, tied or not; the norms, below 0.2% of
+        them, are counted along), plus attention's two products, 12 * layers * heads * head_dim * seq_len, halved
+        because causal attention needs half of them (Chowdhery et al., "PaLM", arXiv:2204.02311, appendix B,
+        without that halving).
         """
         config = self.config
         lookup = 0 if config.tie_embeddings else self.embed_tokens.weight.numel()

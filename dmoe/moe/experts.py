@@ -14,6 +14,8 @@ class Experts(nn.Module):
     """E expert MLPs in fused tensors: `gate_up_proj` [E, 2F, D] (rows gate, then up; `up_proj` [E, F, D] for plain
     experts) and `down_proj` [E, D, F], with `gate_up_bias` or `up_bias` and `down_bias` if the config has biases."""
 
+    down_bias: Tensor | None
+
     def __init__(
         self, config: MoEConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
@@ -82,4 +84,3 @@ class FeedForward(nn.Module):
         if self.activation == "silu":  # without the concatenation
             return self.down_proj(torch.nn.functional.silu(gate) * up)
         return self.down_proj(activate(torch.cat([gate, up], dim=-1), self.activation, gated=True).to(up.dtype))
-

@@ -16,7 +16,9 @@ def _generator(seed: int, name: str, device: torch.device) -> torch.Generator:
 
 
 @torch.no_grad()
-def init_parameters(module: nn.Module, *, std: float = 0.02, output_std: float | None = None, seed: int | None = None) -> None:
+def init_parameters(
+    module: nn.Module, *, std: float = 0.02, output_std: float | None = None, seed: int | None = None
+) -> None:
     """Initialise every parameter of `module` that is not on the meta device.
 
     Norm weights are 1, biases 0, matrices normal with standard deviation `std`; the projections that write to the

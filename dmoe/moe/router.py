@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dmoe.config import MoEConfig
 from dmoe.ops import choose_topk, router_scores
+from dmoe.ops.precision import autocast_off
 
 
 class Routing(NamedTuple):
@@ -42,7 +43,7 @@ class Router(nn.Module):
     def forward(self, x_TD: Tensor) -> Routing:
         config = self.config
         wide = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
-        with torch.autocast(x_TD.device.type, enabled=False):
+        with autocast_off(x_TD):
             logits_TE = F.linear(x_TD.to(wide), self.weight.to(wide))
             scores_TE = router_scores(logits_TE, config.score_function)
             ids_TK, weights_TK = choose_topk(

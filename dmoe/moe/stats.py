@@ -44,7 +44,7 @@ class LoadSummary:
     dead_experts: int
     """Experts that received nothing."""
     router_entropy: float
-    """Mean entropy of the scores in nats, weighted by tokens; ln E is an undecided router."""
+    """Mean entropy of the scores in nats, mean over forwards; ln E is an undecided router."""
     aux_loss: float
     """Load-balancing loss without its coefficient, mean over forwards; 1 is balance."""
     z_loss: float

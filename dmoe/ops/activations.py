@@ -15,6 +15,9 @@ CLAMP_LIMIT = 7.0
 CLAMP_ALPHA = 1.702
 
 
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_swiglu")
+
+
 def _wide(t: Tensor) -> Tensor:
     return t if t.dtype == torch.float64 else t.float()
 
@@ -62,7 +65,7 @@ def activate(h_RH: Tensor, name: str, *, gated: bool) -> Tensor:
     gate, up = h.chunk(2, dim=-1)
     if name == "clamped_swiglu":
         gate, up = gate.clamp(max=CLAMP_LIMIT), up.clamp(-CLAMP_LIMIT, CLAMP_LIMIT)
-        return (up + 1) * gate * torch.sigmoid(CLAMP_ALPHA * gate)
+        return gate * torch.sigmoid(CLAMP_ALPHA * gate) * (up + 1)
     return _pointwise(name, gate) * up
 
 

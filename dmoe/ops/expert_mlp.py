@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from dmoe.errors import ConfigError
+from dmoe.ops.activations import ACTIVATIONS
 from dmoe.ops.grouped import expert_mlp_grouped
+from dmoe.ops.precision import autocast_dtype, autocast_off
 from dmoe.ops.reference import expert_mlp_reference
 
 BACKENDS = {"reference": expert_mlp_reference, "torch": expert_mlp_grouped}
@@ -17,38 +19,59 @@ def choose_backend(x: Tensor) -> str:
     return "reference" if x.dtype == torch.float64 else "torch"
 
 
-def _check(
-    x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, gate_up_bias: Tensor | None,
-    down_bias: Tensor | None, backend: str,
-) -> None:  # fmt: skip
-    def fail(name: str, got: object, wanted: str) -> None:
-        raise ConfigError(f"expert_mlp: {name} is {got}: must be {wanted}")
+def _fail(name: str, got: object, wanted: str) -> None:
+    raise ConfigError(f"expert_mlp: {name} is {got}: must be {wanted}")
 
-    if backend not in BACKENDS:
-        fail("backend", repr(backend), f"one of {', '.join(BACKENDS)}")
+
+def _check_shapes(
+    x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+) -> None:  # fmt: skip
     if x.dim() != 2:
-        fail("x_TD", f"of shape {tuple(x.shape)}", "[tokens, width]")
+        _fail("x_TD", f"of shape {tuple(x.shape)}", "[tokens, width]")
     if ids.dim() != 2 or ids.shape[0] != x.shape[0] or ids.shape != weights.shape:
-        fail(
+        _fail(
             "topk_ids_TK", f"of shape {tuple(ids.shape)} (topk_weights_TK: {tuple(weights.shape)})",
             f"[{x.shape[0]}, K] like topk_weights_TK",
         )  # fmt: skip
-    if ids.dtype not in (torch.int64, torch.int32):
-        fail("topk_ids_TK", ids.dtype, "int64 or int32")
     width = x.shape[1]
-    if down.dim() != 3 or down.shape[1] != width:
-        fail("down_proj", f"of shape {tuple(down.shape)}", f"[E, {width}, F]")
+    if down.dim() != 3 or down.shape[1] != width or 0 in (down.shape[0], down.shape[2]):
+        _fail("down_proj", f"of shape {tuple(down.shape)}", f"[E, {width}, F], E and F at least 1")
     num_experts, _, expert_width = down.shape
     if gate_up.shape not in ((num_experts, 2 * expert_width, width), (num_experts, expert_width, width)):
-        fail(
+        _fail(
             "gate_up_proj", f"of shape {tuple(gate_up.shape)}",
             f"[{num_experts}, {2 * expert_width}, {width}] (gated) or [{num_experts}, {expert_width}, {width}]",
         )  # fmt: skip
-    for name, bias, shape in (("gate_up_bias", gate_up_bias, gate_up.shape[:2]), ("down_bias", down_bias, down.shape[:2])):
+    for name, bias, shape in (
+        ("gate_up_bias", gate_up_bias, gate_up.shape[:2]),
+        ("down_bias", down_bias, down.shape[:2]),
+    ):
         if bias is not None and bias.shape != shape:
-            fail(name, f"of shape {tuple(bias.shape)}", f"{list(shape)}")
+            _fail(name, f"of shape {tuple(bias.shape)}", f"{list(shape)}")
+
+
+def _check_dtypes(x: Tensor, ids: Tensor, weights: Tensor, parameters: dict[str, Tensor | None]) -> None:
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        _fail("x_TD", x.dtype, "float32, bfloat16, float16 or float64")
+    if ids.dtype not in (torch.int64, torch.int32):
+        _fail("topk_ids_TK", ids.dtype, "int64 or int32")
+    if not weights.dtype.is_floating_point:
+        _fail("topk_weights_TK", weights.dtype, "a floating-point dtype")
+    for name, parameter in parameters.items():
+        if parameter is not None and parameter.dtype != x.dtype:
+            _fail(name, parameter.dtype, f"{x.dtype}, the dtype of x_TD")
+
+
+def _check_choices(x: Tensor, activation: str, gated: bool, backend: str) -> None:
+    if activation not in ACTIVATIONS:
+        _fail("activation", repr(activation), f"one of {', '.join(ACTIVATIONS)}")
+    if activation == "clamped_swiglu" and not gated:
+        _fail("activation", "'clamped_swiglu' with plain experts", "used with gated experts, gate_up_proj [E, 2F, D]")
+    if backend not in BACKENDS:
+        _fail("backend", repr(backend), f"one of {', '.join(BACKENDS)}")
     if backend == "torch" and x.dtype == torch.float64:
-        fail("backend", "'torch' for an fp64 input", "'reference' (grouped_mm has no fp64)")
+        _fail("backend", "'torch' for an fp64 input", "'reference' (grouped_mm has no fp64)")
 
 
 def expert_mlp(
@@ -72,28 +95,36 @@ def expert_mlp(
         topk_weights_TK: [T, K] routing weights, applied once, in fp32.
         gate_up_proj: [E, 2F, D], rows gate then up, for gated experts; [E, F, D] for plain ones. The shape decides.
         down_proj: [E, D, F].
-        gate_up_bias, down_bias: [E, 2F] or [E, F], and [E, D].
+        gate_up_bias, down_bias: [E, 2F] or [E, F], and [E, D]. All weights have the dtype of `x_TD`.
         activation: "silu", "gelu", "gelu_tanh", "relu", "relu2", or "clamped_swiglu" (gated, gpt-oss).
         backend: "reference", "torch" or None: by device and dtype.
 
     Returns:
         [T, D] in the dtype of `x_TD`; under autocast in the autocast dtype, to which inputs and weights are cast.
         Differentiable in x, topk_weights, both projections and both biases. No host synchronisation on a GPU, but
-        for fp32 there, where torch's grouped_mm itself reads the group sizes back.
+        for fp32 and fp16 there: torch's grouped_mm has a kernel for bf16 alone and itself reads the group sizes back
+        for the others.
 
     Raises:
-        ConfigError: a shape or dtype does not fit, or the backend is unknown; names the argument.
+        ConfigError: a shape or dtype does not fit, or the activation or backend is unknown; names the argument.
     """
-    device = x_TD.device.type
-    if torch.is_autocast_enabled(device) and x_TD.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(x_TD)
+    if dtype != x_TD.dtype:
         x_TD, gate_up_proj, down_proj = (t.to(dtype) for t in (x_TD, gate_up_proj, down_proj))
         gate_up_bias = None if gate_up_bias is None else gate_up_bias.to(dtype)
         down_bias = None if down_bias is None else down_bias.to(dtype)
     backend = backend or choose_backend(x_TD)
-    _check(x_TD, topk_ids_TK, topk_weights_TK, gate_up_proj, down_proj, gate_up_bias, down_bias, backend)
+    _check_shapes(x_TD, topk_ids_TK, topk_weights_TK, gate_up_proj, down_proj, gate_up_bias, down_bias)
+    parameters = {
+        "gate_up_proj": gate_up_proj,
+        "down_proj": down_proj,
+        "gate_up_bias": gate_up_bias,
+        "down_bias": down_bias,
+    }
+    _check_dtypes(x_TD, topk_ids_TK, topk_weights_TK, parameters)
+    _check_choices(x_TD, activation, gate_up_proj.shape[1] == 2 * down_proj.shape[2], backend)
     run = BACKENDS[backend]
-    with torch.autocast(device, enabled=False):
+    with autocast_off(x_TD):
         return run(
             x_TD, topk_ids_TK, topk_weights_TK, gate_up_proj, down_proj, gate_up_bias, down_bias, activation
         )  # fmt: skip

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmoe.ops.activations import activate, activate_backward
-from dmoe.ops.permute import Permutation, sort_by_expert, sum_picks
+from dmoe.ops.permute import sort_by_expert, sum_picks
 
 # Rows per activation block on the CPU: the fp32 temporaries of a block stay in the last-level cache.
 _CPU_BLOCK_ROWS = 1024
@@ -95,8 +95,8 @@ def _(
     return (
         x_TD.new_empty(x_TD.shape),
         x_TD.new_empty(rows if save else 0, gate_up_proj.shape[1]),
-        topk_ids_TK.new_empty(rows),
-        topk_ids_TK.new_empty(topk_ids_TK.shape),
+        topk_ids_TK.new_empty(rows, dtype=torch.int64),
+        topk_ids_TK.new_empty(topk_ids_TK.shape, dtype=torch.int64),
         topk_ids_TK.new_empty(gate_up_proj.shape[0], dtype=torch.int32),
     )
 
@@ -127,6 +127,8 @@ def _expert_mlp_backward(
     none = x_TD.new_empty(0)
     grad_x = grad_weights = grad_gate_up = grad_down = grad_gate_up_bias = grad_down_bias = none
 
+    # Contiguous rows whatever the strides of the gradient: that of y.sum() is an expanded scalar, and grouped_mm
+    # refuses zero strides.
     grad_RD = grad_TD.index_select(0, tokens_R)
     grad_a_RF = F.grouped_mm(grad_RD, down_proj, offs=offsets_E)
     grad_h_RH = torch.empty_like(h_RH)
@@ -176,8 +178,26 @@ def _(
 ) -> tuple[Tensor, ...]:
     inputs = (x_TD, topk_weights_TK, gate_up_proj, down_proj, gate_up_bias, down_bias)
     return tuple(
-        x_TD.new_empty(0) if t is None or not need else t.new_empty(t.shape) for t, need in zip(inputs, needs, strict=True)
+        x_TD.new_empty(0) if t is None or not need else t.new_empty(t.shape)
+        for t, need in zip(inputs, needs, strict=True)
     )
+
+
+class _ExpertMLPBackward(torch.autograd.Function):
+    """The backward as a node of its own, so that a second derivative is an error and not silently zero."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return _expert_mlp_backward(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> tuple[Tensor | None, ...]:
+        raise RuntimeError('expert_mlp: backend "torch" is not differentiable twice: use backend="reference"')
 
 
 class _ExpertMLP(torch.autograd.Function):
@@ -199,9 +219,9 @@ class _ExpertMLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         wanted = [ctx.needs_input_grad[i] for i in (0, 2, 3, 4, 5, 6)]
-        # contiguous: the gradient of y.sum() is an expanded scalar, whose zero strides grouped_mm refuses.
-        with torch.no_grad():
-            grads = _expert_mlp_backward(grad_TD.contiguous(), *ctx.saved_tensors, ctx.activation, wanted)
+        args = (grad_TD, *ctx.saved_tensors, ctx.activation, wanted)
+        # The compiler cannot trace a Function inside a backward, and refuses second derivatives by itself.
+        grads = _expert_mlp_backward(*args) if torch.compiler.is_compiling() else _ExpertMLPBackward.apply(*args)
         dx, dweights, dgate_up, ddown, dgate_up_bias, ddown_bias = (g if w else None for g, w in zip(grads, wanted))
         return dx, None, dweights, dgate_up, ddown, dgate_up_bias, ddown_bias, None, None
 
@@ -244,7 +264,7 @@ def expert_mlp_grouped(
     down_bias: Tensor | None,
     activation: str,
 ) -> Tensor:
-    """See `dmoe.ops.expert_mlp`. fp32, bf16 and fp16; not differentiable twice."""
+    """See `dmoe.ops.expert_mlp`. fp32, bf16 and fp16. A second derivative is a RuntimeError."""
     gate_up_proj, down_proj = gate_up_proj.contiguous(), down_proj.contiguous()
     args = (x_TD.contiguous(), topk_ids_TK, topk_weights_TK.float(), gate_up_proj, down_proj, gate_up_bias, down_bias)
     multiple = 16 // x_TD.element_size()

@@ -18,7 +18,9 @@ def router_scores(logits_TE: Tensor, score_function: str) -> Tensor:
     raise ValueError(f"unknown score function {score_function!r}")
 
 
-def choose_topk(scores_TE: Tensor, top_k: int, *, normalize: bool, scaling_factor: float = 1.0) -> tuple[Tensor, Tensor]:
+def choose_topk(
+    scores_TE: Tensor, top_k: int, *, normalize: bool, scaling_factor: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """The K experts of highest score and their weights.
 
     Args:
@@ -50,7 +52,8 @@ def load_balancing_loss(scores_TE: Tensor, tokens_per_expert_E: Tensor, top_k: i
     e, scores normalised to sum to 1 over the experts (a softmax already does; sigmoid scores are divided by their sum,
     DeepSeek-V3, arXiv:2412.19437, eq. 17-20). Equal load gives 1, all tokens on one expert up to E / K.
     Fedus et al., "Switch Transformers", arXiv:2101.03961, eq. 4-6, with f over K picks as in ST-MoE and Megatron-core.
-    Hugging Face's loss does not divide by K and is K times this one.
+    Hugging Face's loss does not divide by K, and pools the tokens of all layers: at equal statistics in L layers it is
+    K times this one, while ours, added in every layer, comes to L times.
     """
     num_tokens, num_experts = scores_TE.shape
     probs_TE = scores_TE / scores_TE.sum(dim=-1, keepdim=True).clamp_min(1e-20)

@@ -13,7 +13,9 @@ from dmoe.config import TrainConfig
 from dmoe.errors import ConfigError
 
 # Dense bf16 peak in TFLOP/s without sparsity, from NVIDIA's data sheets.
-_PEAK_BF16 = {"H100": 989.0, "H200": 989.0, "B200": 2250.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0, "RTX 4090": 165.0}
+_PEAK_BF16 = {
+    "H100": 989.0, "H200": 989.0, "B200": 2250.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0, "RTX 4090": 165.0
+}  # fmt: skip
 
 
 def resolve_device(name: str) -> torch.device:
@@ -23,7 +25,9 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f'train.device is {name!r}: must be "auto", "cpu", "cuda" or "cuda:N"') from None
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f'train.device is {name!r}: must be "auto", "cpu", "cuda" or "cuda:N"')
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"train.device is {name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
     return device
@@ -58,7 +62,8 @@ def peak_tflops(config: TrainConfig, device: torch.device) -> float:
 
 
 def _measured_tflops(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
-    a = torch.randn(size, size, device=device).to(dtype)
+    # A generator of its own: measuring must not move the random state that a checkpoint restored.
+    a = torch.randn(size, size, device=device, generator=torch.Generator(device).manual_seed(0)).to(dtype)
     best = float("inf")
     for _ in range(10):
         start = time.perf_counter()

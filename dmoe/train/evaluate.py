@@ -60,9 +60,7 @@ def evaluate(
     return EvalResult(nats / num_tokens, nats / math.log(2) / max(num_bytes, 1), whole)
 
 
-def _padded_batch(
-    tokens: np.ndarray, windows: list[tuple[int, int]], seq_len: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _padded_batch(tokens: np.ndarray, windows: list[tuple[int, int]], seq_len: int) -> tuple[np.ndarray, np.ndarray]:
     inputs = np.zeros((len(windows), seq_len), dtype=np.int64)
     targets = np.full((len(windows), seq_len), -1, dtype=np.int64)
     for row, (start, length) in enumerate(windows):

@@ -3,6 +3,8 @@
     run_dir/config.yaml, model.json, tokenizer.json     what was run
     run_dir/metrics.jsonl, tensorboard/                  how it went
     run_dir/checkpoints/                                 where it got to
+
+Files of the first line are written once the run can start, so a refused request leaves the run directory as it was.
 """
 
 from __future__ import annotations
@@ -86,10 +88,12 @@ def train(config: RunConfig, *, resume: bool = False) -> TrainResult:
         RunError: the disk refuses, every checkpoint is damaged, or too many steps in a row were not finite.
     """
     device = resolve_device(config.train.device)
-    # A run that resumes has a checkpoint's text and tokeniser to match: the cache key does that.
+    run_dir = _choose_run_dir(config, resume=resume)
+    config = dataclasses.replace(config, run_dir=str(run_dir))
     data = prepare(config.data)
     _check_against_data(config, data)
-    config, run_dir = _open_run_dir(config, data, resume=resume)
+    if resume:
+        _check_tokenizer(config, data)
 
     torch.manual_seed(config.train.seed)
     model = Decoder.on_meta(config.model).to_empty(device=device)
@@ -98,6 +102,8 @@ def train(config: RunConfig, *, resume: bool = False) -> TrainResult:
     optimizer = build_optimizer(model, config.optim)
     messages: list[str] = []
     progress = _restore(run_dir, model, optimizer, messages) if resume else _Progress()
+    # After restoring: a configuration that does not fit the checkpoint must not replace the one that does.
+    _describe_run(config, data)
     if config.train.compile:
         for layer in model.layers:
             layer.compile(fullgraph=True)
@@ -143,7 +149,7 @@ class _Loop:
             if progress.step % train.log_every == 0 or done:
                 self.log_training(log)
             if train.eval_every and progress.step % train.eval_every == 0 and not done:
-                self.log_evaluation(log, evaluate(self.model, self.data, train, self.device, max_batches=train.eval_batches))
+                self.log_evaluation(log, self.evaluate(train.eval_batches))
             every = self.config.checkpoint.every
             if every and progress.step % every == 0:
                 self.save()
@@ -152,10 +158,11 @@ class _Loop:
             self.save()
         evaluation = None
         if stop.signum is None:
-            evaluation = evaluate(self.model, self.data, train, self.device)
+            evaluation = self.evaluate()
             self.log_evaluation(log, evaluation)
-        else:
-            message = f"stopped by signal {stop.signum} after step {progress.step}; saved, continue with --resume {self.run_dir}"
+        if stop.signum is not None:  # also one that came during the evaluation
+            message = f"stopped by signal {stop.signum} after step {progress.step}; saved"
+            message += f", continue with --resume {self.run_dir}"
             log.write({"kind": "event", "step": progress.step, "message": message})
         return TrainResult(self.run_dir, progress.step, stop.signum, evaluation, self.data.zlib_bits_per_byte)
 
@@ -184,7 +191,8 @@ class _Loop:
             raise RunError(
                 f"step {progress.step}: loss {result.loss} and gradient norm {result.grad_norm} in the last of "
                 f"{progress.skipped_in_a_row} skipped steps in a row, the limit train.max_skipped_steps; "
-                f"the weights are those of step {progress.step - progress.skipped_in_a_row}: lower optim.lr or look at the data"
+                f"the weights are those of step {progress.step - progress.skipped_in_a_row}: "
+                "lower optim.lr or look at the data"
             )
         return result
 
@@ -212,6 +220,9 @@ class _Loop:
         )
         self.recorder.reset()
         self.window = _Window()
+
+    def evaluate(self, max_batches: int | None = None) -> EvalResult:
+        return evaluate(self.model, self.data, self.config.train, self.device, max_batches=max_batches)
 
     def log_evaluation(self, log: MetricsLogger, result: EvalResult) -> None:
         record = {"kind": "eval", "step": self.progress.step, **dataclasses.asdict(result)}
@@ -250,15 +261,30 @@ def _check_against_data(config: RunConfig, data: Dataset) -> None:
     )  # fmt: skip
 
 
-def _open_run_dir(config: RunConfig, data: Dataset, *, resume: bool) -> tuple[RunConfig, Path]:
-    """Make the run directory and write what was run. Returns the config with `run_dir` filled in."""
+def _check_tokenizer(config: RunConfig, data: Dataset) -> None:
+    """A corpus that changed gives another trained BPE, whose ids would mean nothing to the checkpoint's weights."""
+    ours = Path(config.run_dir) / "tokenizer.json"
+    if ours.exists() and ours.read_bytes() != (data.folder / "tokenizer.json").read_bytes():
+        raise ConfigError(
+            f"data.tokenizer is {config.data.tokenizer!r}: must give the tokenizer that the run began with, "
+            f"and the corpus or an option changed it; {str(ours)!r} is that tokenizer"
+        )
+
+
+def _choose_run_dir(config: RunConfig, *, resume: bool) -> Path:
+    """The run directory. Raises ConfigError if it holds a run that is not to be resumed."""
     if config.run_dir:
         run_dir = Path(config.run_dir)
     else:
         run_dir = Path("runs") / f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     if not resume and ((run_dir / "config.yaml").exists() or find_checkpoints(run_dir)):
         raise ConfigError(f"run_dir is {str(run_dir)!r}: must not hold a run already; --resume continues it")
-    config = dataclasses.replace(config, run_dir=str(run_dir))
+    return run_dir
+
+
+def _describe_run(config: RunConfig, data: Dataset) -> None:
+    """Make the run directory and write what is run into it."""
+    run_dir = Path(config.run_dir)
     counts = count_parameters(config.model, config.train.seq_len)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -269,7 +295,6 @@ def _open_run_dir(config: RunConfig, data: Dataset, *, resume: bool) -> tuple[Ru
         os.replace(temporary, run_dir / "tokenizer.json")
     except OSError as error:
         raise RunError(f"run_dir {str(run_dir)!r}: {error.strerror}") from error
-    return config, run_dir
 
 
 def _write(path: Path, text: str) -> None:
@@ -279,8 +304,10 @@ def _write(path: Path, text: str) -> None:
 
 
 def _headline(config: RunConfig, model: Decoder, data: Dataset, device: torch.device) -> str:
-    experts = f", {config.model.moe.num_experts} experts, top {config.model.moe.top_k}" if config.model.moe_layers() else ""
+    moe = config.model.moe
+    experts = f", {moe.num_experts} experts, top {moe.top_k}" if config.model.moe_layers() else ""
+    size = f"{model.num_params() / 1e6:,.1f} M parameters, {model.num_active_params() / 1e6:,.1f} M active"
     return (
-        f"{config.preset}: {model.num_params() / 1e6:,.1f} M parameters, {model.num_active_params() / 1e6:,.1f} M active"
-        f"{experts}; {len(data.train.tokens):,} training tokens; {device}; run directory {config.run_dir}"
+        f"{config.preset}: {size}{experts}; {len(data.train.tokens):,} training tokens; {device}; "
+        f"run directory {config.run_dir}"
     )

@@ -15,6 +15,6 @@ MIXTRAL_8X7B = ModelConfig(
     tie_embeddings=False,
     intermediate_size=14336,
     max_seq_len=32768,
-    # The published coefficient 0.02 is on Hugging Face's form of the loss, which is top_k times ours.
-    moe=MoEConfig(intermediate_size=14336, num_experts=8, top_k=2, aux_loss_coef=0.04, z_loss_coef=0.0),
+    # The published 0.02 weighs one loss over all layers that is top_k times ours; ours is added in each of 32 layers.
+    moe=MoEConfig(intermediate_size=14336, num_experts=8, top_k=2, aux_loss_coef=0.02 * 2 / 32, z_loss_coef=0.0),
 )

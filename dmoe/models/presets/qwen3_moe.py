@@ -15,6 +15,6 @@ QWEN3_30B_A3B = ModelConfig(
     tie_embeddings=False,
     intermediate_size=6144,
     max_seq_len=40960,
-    # The published coefficient 0.001 is on Hugging Face's form of the loss, which is top_k times ours.
-    moe=MoEConfig(intermediate_size=768, num_experts=128, top_k=8, aux_loss_coef=0.008, z_loss_coef=0.0),
+    # The published 0.001 weighs one loss over all layers that is top_k times ours; ours is added in each of 48 layers.
+    moe=MoEConfig(intermediate_size=768, num_experts=128, top_k=8, aux_loss_coef=0.001 * 8 / 48, z_loss_coef=0.0),
 )

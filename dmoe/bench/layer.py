@@ -1,0 +1,113 @@
+"""Time `expert_mlp` at a shape: every backend, every alternative, and a dense SwiGLU MLP of equal FLOPs."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dmoe.bench.alternatives import ALTERNATIVES
+from dmoe.ops import BACKENDS, expert_mlp
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One mixture-of-experts layer and a number of tokens."""
+
+    name: str
+    hidden_size: int
+    intermediate_size: int
+    num_experts: int
+    top_k: int
+    tokens: int
+
+    def forward_flops(self) -> float:
+        """6 * T * K * D * F: three products of 2 FLOPs, gate, up and down."""
+        return 6.0 * self.tokens * self.top_k * self.hidden_size * self.intermediate_size
+
+
+# (D, F, E, K, T): the default model of this package, three shapes of a CPU's size, and decoding of OLMoE-1B-7B.
+CPU_SHAPES = (
+    Shape("tiny-moe", 128, 192, 8, 2, 2048),
+    Shape("small", 256, 128, 8, 2, 2048),
+    Shape("fine-grained", 512, 256, 16, 4, 1024),
+    Shape("olmoe", 2048, 1024, 64, 8, 512),
+    Shape("olmoe decode 8", 2048, 1024, 64, 8, 8),
+    Shape("olmoe decode 1", 2048, 1024, 64, 8, 1),
+)
+GPU_SHAPES = (
+    Shape("olmoe", 2048, 1024, 64, 8, 16384),
+    Shape("qwen3-30b-a3b", 2048, 768, 128, 8, 16384),
+    Shape("mixtral", 4096, 14336, 8, 2, 8192),
+)
+
+
+def _dense(x: Tensor, _ids: Tensor, _weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
+    return F.linear(F.silu(gate) * up, down)
+
+
+def _inputs(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Tensor, ...]:
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*size: int, std: float = 1.0) -> Tensor:
+        return torch.randn(*size, generator=generator, device=device).mul_(std).to(dtype).requires_grad_()
+
+    E, D, F_ = shape.num_experts, shape.hidden_size, shape.intermediate_size
+    scores = torch.randn(shape.tokens, E, generator=generator, device=device).softmax(dim=-1)
+    weights, ids = scores.topk(shape.top_k, dim=-1)
+    x, gate_up, down = normal(shape.tokens, D), normal(E, 2 * F_, D, std=D**-0.5), normal(E, D, F_, std=F_**-0.5)
+    return x, ids, weights.detach().requires_grad_(), gate_up, down
+
+
+def _seconds(run: Callable[[], Any], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _step(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad: Tensor) -> None:
+    leaves = [t for t in inputs if t.requires_grad]
+    torch.autograd.grad(function(*inputs), leaves, grad, allow_unused=True)
+
+
+def time_shape(
+    shape: Shape, dtype: torch.dtype, device: torch.device, *, rounds: int = 7, seed: int = 0
+) -> dict[str, dict[str, float]]:
+    """Median seconds of "forward" (no gradient) and "forward_backward" per implementation.
+
+    The implementations take turns within every round, so that a slow moment of the machine falls on all of them.
+    Names: "dense", the backends as "dmoe (NAME)", and the alternatives. One warm-up round is not counted.
+    """
+    inputs = _inputs(shape, dtype, device, seed)
+    x, _, _, gate_up, _ = inputs
+    width = shape.top_k * shape.intermediate_size
+    dense_up = torch.randn(2 * width, gate_up.shape[2], device=device).mul_(0.02).to(dtype).requires_grad_()
+    dense_down = torch.randn(gate_up.shape[2], width, device=device).mul_(0.02).to(dtype).requires_grad_()
+    functions: dict[str, Callable[..., Tensor]] = {"dense": lambda x, i, w, *_: _dense(x, i, w, dense_up, dense_down)}
+    functions |= {f"dmoe ({name})": partial(expert_mlp, backend=name) for name in BACKENDS if name != "reference"}
+    functions |= ALTERNATIVES
+    grad = torch.randn_like(x)
+    dense_inputs = (x, *inputs[1:3], dense_up, dense_down)
+    times: dict[str, dict[str, list[float]]] = {name: {"forward": [], "forward_backward": []} for name in functions}
+    for round_number in range(rounds + 1):
+        for name, function in functions.items():
+            args = dense_inputs if name == "dense" else inputs
+            with torch.no_grad():
+                forward = _seconds(partial(function, *args), device)
+            both = _seconds(partial(_step, function, args, grad), device)
+            if round_number:
+                times[name]["forward"].append(forward)
+                times[name]["forward_backward"].append(both)
+    return {name: {kind: statistics.median(values) for kind, values in kinds.items()} for name, kinds in times.items()}

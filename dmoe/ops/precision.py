@@ -1,0 +1,22 @@
+"""Autocast, also where a device has none (the meta device)."""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which matrix products of `x` run: the autocast dtype where that is on, fp64 excepted."""
+    device = x.device.type
+    if x.dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)
+
+
+def autocast_off(x: Tensor) -> AbstractContextManager[object]:
+    """A context without autocast on the device of `x`."""
+    return contextlib.nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)

@@ -1,0 +1,5 @@
+"""The shared fixtures."""
+
+from tiny_run import tiny, trained
+
+__all__ = ["tiny", "trained"]

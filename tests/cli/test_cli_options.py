@@ -1,0 +1,239 @@
+"""Options: precedence, spelling, conversion, YAML and help."""
+
+import dataclasses
+import inspect
+import re
+import typing
+
+import pytest
+import tiny_run
+
+from dmoe import __version__
+from dmoe.cli import VERBS, main
+from dmoe.cli.options import build_config, field_names, parse_overrides, read_yaml
+from dmoe.config import (
+    CheckpointConfig,
+    DataConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+    config_to_yaml,
+)
+from dmoe.models import PRESETS, get_preset
+
+
+def test_command_line_over_yaml_over_preset_over_defaults(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("preset: olmoe-1b-7b\nmodel: {num_layers: 3, moe: {top_k: 4}}\ntrain: {steps: 7, seed: 5}\n")
+    config = build_config(str(path), ["--train.steps", "9", "--model.moe.top_k=2"])
+    olmoe = get_preset("olmoe-1b-7b")
+    assert config.preset == "olmoe-1b-7b"
+    assert config.train.steps == 9  # command line over YAML
+    assert config.model.moe.top_k == 2  # command line over YAML over preset
+    assert config.model.num_layers == 3  # YAML over preset
+    assert config.train.seed == 5
+    assert config.model.moe.num_experts == olmoe.moe.num_experts == 64  # preset over default
+    assert config.optim == OptimConfig()  # default
+    assert (
+        build_config(str(path), ["--preset=mixtral-8x7b"]).model.hidden_size == get_preset("mixtral-8x7b").hidden_size
+    )
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_preset_by_name(preset):
+    assert build_config(preset, []).model == get_preset(preset)
+    assert build_config(None, ["--preset", preset]).model == get_preset(preset)
+
+
+def test_no_arguments_are_the_default_preset():
+    assert build_config(None, []) == RunConfig(model=get_preset(RunConfig().preset))
+
+
+@pytest.mark.parametrize("spelling", ["--train.batch_size", "--train.batch-size"])
+@pytest.mark.parametrize("equals", [True, False])
+def test_spellings(spelling, equals):
+    arguments = [f"{spelling}=48"] if equals else [spelling, "48"]
+    assert build_config(None, arguments).train.batch_size == 48
+
+
+def test_values_that_look_like_options():
+    assert build_config(None, ["--train.sample_prompt=--x=y"]).train.sample_prompt == "--x=y"
+    assert build_config(None, ["--train.sample_prompt", "-x"]).train.sample_prompt == "-x"
+    assert build_config(None, ["--train.sample_prompt="]).train.sample_prompt == ""
+    assert parse_overrides(["--optim.lr=1", "--optim.lr=2"]) == {"optim": {"lr": "2"}}  # the last one counts
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "value"),
+    [
+        ("train.steps", "1e3", 1000),
+        ("train.steps", "+12", 12),
+        ("train.seed", "9007199254740993", 2**53 + 1),  # a float would round it
+        ("optim.lr", "1", 1.0),
+        ("optim.lr", "3e-4", 3e-4),
+        ("optim.betas", "0.8,0.9", (0.8, 0.9)),
+        ("optim.betas", "0.8 0.9", (0.8, 0.9)),
+        ("train.compile", "TRUE", True),
+        ("train.compile", "no", False),
+        ("train.compile", "1", True),
+        ("model.moe.backend", "none", None),
+        ("model.moe.backend", "reference", "reference"),
+    ],
+)
+def test_conversion(option, text, value):
+    got = typing.cast(typing.Any, build_config(None, [f"--{option}={text}"]))
+    for name in option.split("."):
+        got = getattr(got, name)
+    assert got == value
+    assert type(got) is type(value)
+
+
+def test_yaml_numbers_without_a_dot(tmp_path):
+    # YAML 1.1 reads 3e-4 as text
+    (tmp_path / "c.yml").write_text("optim: {lr: 3e-4, betas: [0, 0.5]}\ntrain: {steps: 1e3, compile: yes}\n")
+    config = build_config(str(tmp_path / "c.yml"), [])
+    assert (config.optim.lr, config.optim.betas, config.train.steps, config.train.compile) == (
+        3e-4,
+        (0, 0.5),
+        1000,
+        True,
+    )
+
+
+def changed(config):
+    """`config` with every leaf field different from its default, as far as the checks allow."""
+    special = {"score_function": "sigmoid", "activation": "gelu", "backend": "reference", "qk_norm": "full"}
+    special |= {"schedule": "wsd", "precision": "bf16", "preset": "tiny-dense", "top_k": 3, "betas": (0.5, 0.25)}
+    special |= {"head_dim": 62, "num_heads": 6, "num_kv_heads": 3, "batch_size": 60, "micro_batch_size": 30}
+    special |= {"max_seq_len": 8192, "vocab_size": 5000, "seq_len": 100, "hidden_size": 0, "tokenizer": "a b: 'c'"}
+    changes = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            changes[field.name] = changed(value)
+        elif field.name in special and not (field.name == "hidden_size" and isinstance(config, ModelConfig)):
+            changes[field.name] = special[field.name]
+        elif isinstance(value, bool):
+            changes[field.name] = not value
+        elif isinstance(value, str):
+            changes[field.name] = 'x: "#é\\n'
+        elif isinstance(value, int):
+            changes[field.name] = value + 1
+        else:
+            changes[field.name] = value / 3 + 1e-9
+    return dataclasses.replace(config, **changes)
+
+
+def test_yaml_round_trip(tmp_path):
+    config = changed(RunConfig())
+    for section in ("data", "optim", "train", "checkpoint"):
+        for field in dataclasses.fields(getattr(config, section)):
+            assert getattr(getattr(config, section), field.name) != getattr(getattr(RunConfig(), section), field.name)
+    path = tmp_path / "config.yaml"
+    path.write_text(config_to_yaml(config), encoding="utf-8")
+    assert build_config(str(path), []) == config
+    written = read_yaml(path)
+    for name in field_names(RunConfig):  # every field is written out
+        place = written
+        for part in name.split("."):
+            place = place[part]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_yaml_round_trip_of_presets(tmp_path, preset):
+    config = build_config(preset, [])
+    (tmp_path / "c.yaml").write_text(config_to_yaml(config), encoding="utf-8")
+    assert build_config(str(tmp_path / "c.yaml"), []) == config
+
+
+def test_config_of_a_run_is_the_one_it_ran_with(tiny, trained):
+    config = build_config(str(trained / "config.yaml"), [])
+    assert config.run_dir == str(trained)
+    assert config.train.steps == 150
+    expected = tiny | {"run_dir": str(trained), "data.tokenizer": "bpe"}
+    assert config.data.corpus == expected["data.corpus"]
+
+
+def help_of(capsys, *arguments) -> str:
+    try:
+        code = main([*arguments, "--help"])
+    except SystemExit as stop:
+        code = stop.code
+    assert not code
+    return capsys.readouterr().out
+
+
+def words(text: str) -> str:
+    """Without box drawing and line breaks."""
+    return " ".join(re.sub(r"[^\x20-\x7e]", " ", text).split())
+
+
+def field_docs(cls) -> dict[str, str]:
+    """Doc string under each field, read from the source."""
+    found = re.findall(r'^    (\w+):[^\n]*\n    """(.*?)"""', inspect.getsource(cls), re.M | re.S)
+    return {name: words(doc) for name, doc in found}
+
+
+def test_help_of_train_has_every_field_with_its_doc(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")  # wider ones put boxes side by side
+    text = help_of(capsys, "train")
+    for name in field_names(RunConfig):
+        assert re.search(rf"--{re.escape(name)}\b", text), name
+    shown = words(text).replace(" ", "")
+    for cls in (RunConfig, ModelConfig, MoEConfig, DataConfig, OptimConfig, TrainConfig, CheckpointConfig):
+        docs = field_docs(cls)
+        leaves = {
+            f.name for f in dataclasses.fields(cls) if not dataclasses.is_dataclass(typing.get_type_hints(cls)[f.name])
+        }
+        assert leaves <= docs.keys(), f"{cls.__name__}: a field without a doc"
+        for name in leaves:
+            assert docs[name].replace(" ", "") in shown, f"{cls.__name__}.{name}"
+    for preset in PRESETS:
+        assert preset in text
+    for word in ("--resume", "SIGINT", "YAML", "128 + signal"):
+        assert word in words(text), word
+
+
+def test_help_of_dmoe_lists_every_verb(capsys):
+    text = help_of(capsys)
+    for verb, what in VERBS.items():
+        assert verb in text
+        assert what in text
+    assert main([]) == 2
+    assert main(["help"]) == 0
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_a_verb(capsys, verb):
+    text = help_of(capsys, verb)
+    assert f"usage: dmoe {verb}" in text
+    options = re.findall(r"^  +(--[a-z][\w.-]+)[^\n]*", text, re.M)
+    assert "--help" in text
+    assert len(set(options)) == len(options)
+
+
+def test_help_of_generate_explains_every_option(capsys):
+    text = words(help_of(capsys, "generate"))
+    for option in ("--prompt", "--max-new-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--device"):
+        assert option in text
+    for doc in ("0: greedy", "(default: 200)", "(default: 0.7)", "k most likely"):
+        assert doc in text
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"dmoe {__version__}\n"
+
+
+def test_train_ends_with_sample_comparison_and_report(tiny, tmp_path, capsys):
+    options = tiny | {"run_dir": str(tmp_path / "run"), "train.steps": "2", "train.sample_tokens": "5"}
+    assert main(["train", *tiny_run.arguments(options)]) == 0
+    captured = capsys.readouterr()
+    assert "bits/byte, zlib -9" in captured.out
+    assert f"report: {tmp_path / 'run' / 'report.html'}" in captured.out
+    assert (tmp_path / "run" / "sample.txt").read_text(encoding="utf-8").startswith("def ")
+    assert {path.name for path in (tmp_path / "run").iterdir()} >= {"config.yaml", "model.json", "tokenizer.json"}
+    assert not list((tmp_path / "run").rglob("*tmp*"))
+    assert main(["report", str(tmp_path / "run")]) == 0

@@ -1,0 +1,51 @@
+"""Sorting picks by expert and summing them back, against numpy."""
+
+import numpy as np
+import pytest
+import torch
+
+from dmoe.ops import sort_by_expert, sum_picks
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize(("tokens", "top_k", "experts"), [(40, 2, 7), (1, 3, 3), (0, 2, 4), (33, 1, 64)])
+def test_sort_by_expert(tokens: int, top_k: int, experts: int, dtype: torch.dtype) -> None:
+    ids = torch.rand(tokens, experts).topk(top_k).indices.to(dtype)
+    order, inverse, offsets = sort_by_expert(ids, experts)
+    flat = ids.numpy().ravel()
+    want_order = np.argsort(flat, kind="stable")
+    np.testing.assert_array_equal(order.numpy(), want_order)
+    want_inverse = np.empty_like(want_order)
+    want_inverse[want_order] = np.arange(flat.size)
+    np.testing.assert_array_equal(inverse.numpy(), want_inverse.reshape(tokens, top_k))
+    np.testing.assert_array_equal(offsets.numpy(), np.cumsum(np.bincount(flat, minlength=experts)))
+    assert (order.dtype, inverse.dtype, offsets.dtype) == (torch.int64, torch.int64, torch.int32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sum_picks_adds_in_the_order_of_k(dtype: torch.dtype) -> None:
+    rows = (torch.randn(300, 5) * 100).to(dtype)
+    inverse = torch.randperm(300).view(100, 3)
+    picked = rows.float().numpy()[inverse.numpy()]  # [T, K, D]
+    want = torch.from_numpy((picked[:, 0] + picked[:, 1]) + picked[:, 2])
+    got = sum_picks(rows, inverse)
+    if dtype == torch.float32:
+        assert torch.equal(got, want)
+    # Half a unit in the last of bf16's 8 bits: one rounding of the fp32 sum. (Ties may round either way.)
+    assert ((got.float() - want).abs() <= want.abs() * 2**-8).all()
+
+
+def test_sum_picks_of_nothing() -> None:
+    assert sum_picks(torch.empty(0, 5), torch.empty(0, 2, dtype=torch.int64)).shape == (0, 5)
+    zero = sum_picks(torch.empty(0, 5), torch.empty(3, 0, dtype=torch.int64))
+    assert torch.equal(zero, torch.zeros(3, 5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [1, 7, 16, 129])
+def test_sum_picks_has_the_same_bits_whatever_the_batch(width: int, dtype: torch.dtype) -> None:
+    rows = (torch.randn(64, width) * 100).to(dtype)
+    inverse = torch.randperm(64).view(32, 2)
+    whole = sum_picks(rows, inverse)
+    for n in (1, 2, 3, 5, 8, 17, 31):
+        assert torch.equal(sum_picks(rows, inverse[:n]), whole[:n])

@@ -1,0 +1,140 @@
+"""Routing maths: the losses against numbers worked out by hand, and the rest against numpy."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from dmoe.ops import (
+    choose_topk,
+    count_tokens_per_expert,
+    load_balancing_loss,
+    router_entropy,
+    router_scores,
+    router_z_loss,
+)
+
+
+def test_load_balancing_loss_at_perfect_balance() -> None:
+    # 4 tokens, 4 experts, K = 1, token t on expert t, every probability 1/4:
+    # f_e = 1/4 and P_e = 1/4, so the loss is 4 * (4 * 1/4 * 1/4) = 1.
+    scores = torch.full((4, 4), 0.25)
+    assert load_balancing_loss(scores, torch.tensor([1, 1, 1, 1]), 1).item() == 1.0
+    # The same with K = 2: 8 picks, two on each expert; f_e = 2/8 = 1/4 again.
+    assert load_balancing_loss(scores, torch.tensor([2, 2, 2, 2]), 2).item() == 1.0
+
+
+def test_load_balancing_loss_with_all_tokens_on_one_expert() -> None:
+    # K = 1, every token puts probability 1 on expert 2: f = P = (0, 0, 1, 0), loss = 4 * 1 * 1 = 4 = E.
+    scores = torch.tensor([0.0, 0.0, 1.0, 0.0]).repeat(3, 1)
+    assert load_balancing_loss(scores, torch.tensor([0, 0, 3, 0]), 1).item() == 4.0
+    # K = 2, every token on experts 0 and 1 with probability 1/2 each: f = (3/6, 3/6, 0, 0) = P,
+    # loss = 4 * (1/4 + 1/4) = 2 = E / K.
+    scores = torch.tensor([0.5, 0.5, 0.0, 0.0]).repeat(3, 1)
+    assert load_balancing_loss(scores, torch.tensor([3, 3, 0, 0]), 2).item() == 2.0
+
+
+def test_load_balancing_loss_of_an_uneven_batch() -> None:
+    # Three tokens, two experts, K = 1, probabilities (0.9, 0.1), (0.6, 0.4), (0.2, 0.8).
+    # Argmax: experts 0, 0, 1, so f = (2/3, 1/3).
+    # P_0 = (0.9 + 0.6 + 0.2) / 3 = 1.7 / 3, P_1 = (0.1 + 0.4 + 0.8) / 3 = 1.3 / 3.
+    # Loss = 2 * (2/3 * 1.7/3 + 1/3 * 1.3/3) = 2 * (3.4 + 1.3) / 9 = 9.4 / 9 = 1.0444...
+    scores = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8]], requires_grad=True)
+    ids, _ = choose_topk(scores, 1, normalize=True)
+    counts = count_tokens_per_expert(ids, 2)
+    assert counts.tolist() == [2, 1]
+    loss = load_balancing_loss(scores, counts, 1)
+    assert loss.item() == pytest.approx(9.4 / 9, rel=1e-6)
+    # Gradient through P alone, and through the division of each row by its sum (1 here): with c = E * f / T =
+    # (4/9, 2/9) and row p, d loss / d p_e = c_e - (c . p). Row 0: c . p = 0.4 * ... = (3.6 + 0.2) / 9 = 3.8 / 9,
+    # so (0.2, -1.8) / 9. Row 1: (2.4 + 0.8) / 9, so (0.8, -1.2) / 9. Row 2: (0.8 + 1.6) / 9, so (1.6, -0.4) / 9.
+    loss.backward()
+    want = torch.tensor([[0.2, -1.8], [0.8, -1.2], [1.6, -0.4]]) / 9
+    torch.testing.assert_close(scores.grad, want, rtol=1e-5, atol=1e-7)
+
+
+def test_load_balancing_loss_normalises_sigmoid_scores() -> None:
+    # Rows (0.9, 0.3) and (0.2, 0.2) become (3/4, 1/4) and (1/2, 1/2): P = (5/8, 3/8). Both tokens count for expert 0:
+    # f = (1, 0), loss = 2 * 5/8 = 1.25.
+    scores = torch.tensor([[0.9, 0.3], [0.2, 0.2]])
+    assert load_balancing_loss(scores, torch.tensor([2, 0]), 1).item() == pytest.approx(1.25, rel=1e-6)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_load_balancing_loss_against_hugging_face(top_k: int) -> None:
+    """Hugging Face divides the counts by the tokens, not by the picks: K times ours."""
+    mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
+    logits = torch.randn(20, 5) * 2
+    theirs = mixtral.load_balancing_loss_func((logits,), num_experts=5, top_k=top_k)
+    scores = router_scores(logits, "softmax")
+    ids, _ = choose_topk(scores, top_k, normalize=True)
+    ours = load_balancing_loss(scores, count_tokens_per_expert(ids, 5), top_k)
+    assert theirs.item() == pytest.approx(top_k * ours.item(), rel=1e-5)
+
+
+def test_router_z_loss() -> None:
+    # Row (0, 0): logsumexp = ln 2, square 0.480453. Row (ln 3, 0): ln(3 + 1) = ln 4 = 2 ln 2, square 4 * 0.480453.
+    # Mean: 2.5 * (ln 2)^2 = 1.201133.
+    logits = torch.tensor([[0.0, 0.0], [math.log(3.0), 0.0]], requires_grad=True)
+    loss = router_z_loss(logits)
+    assert loss.item() == pytest.approx(2.5 * math.log(2) ** 2, rel=1e-6)
+    assert loss.item() == pytest.approx(1.201133, abs=1e-6)
+    # d/dlogit = 2 * logsumexp * softmax / T: row 0: ln 2 * (1/2, 1/2); row 1: 2 ln 2 * (3/4, 1/4).
+    loss.backward()
+    want = math.log(2) * torch.tensor([[0.5, 0.5], [1.5, 0.5]])
+    torch.testing.assert_close(logits.grad, want)
+
+
+def test_losses_of_no_tokens_are_zero() -> None:
+    empty = torch.empty(0, 4, requires_grad=True)
+    total = load_balancing_loss(empty, torch.zeros(4, dtype=torch.int64), 2) + router_z_loss(empty)
+    assert total.item() == 0.0
+    assert router_entropy(empty).item() == 0.0
+    total.backward()
+
+
+def test_router_entropy() -> None:
+    # Row (1/2, 1/2): ln 2. Row (1, 0): 0. Mean ln 2 / 2. Scores are normalised first: (0.1, 0.1) is (1/2, 1/2).
+    assert router_entropy(torch.tensor([[0.5, 0.5], [1.0, 0.0]])).item() == pytest.approx(math.log(2) / 2)
+    assert router_entropy(torch.tensor([[0.1, 0.1], [0.7, 0.0]])).item() == pytest.approx(math.log(2) / 2)
+
+
+def test_scores() -> None:
+    logits = torch.tensor([[0.0, math.log(3.0)], [-50.0, 50.0]])
+    torch.testing.assert_close(router_scores(logits, "softmax")[0], torch.tensor([0.25, 0.75]))
+    torch.testing.assert_close(router_scores(logits, "sigmoid")[0], torch.tensor([0.5, 0.75]))
+    assert router_scores(logits, "sigmoid")[1].tolist() == pytest.approx([0.0, 1.0], abs=1e-12)
+    with pytest.raises(ValueError, match="softplus"):
+        router_scores(logits, "softplus")
+
+
+def test_choose_topk_normalises_and_scales() -> None:
+    # Scores 0.5, 0.3, 0.2, K = 2: picks 0 and 1; normalised 5/8 and 3/8; scaled by 4: 2.5 and 1.5.
+    scores = torch.tensor([[0.3, 0.2, 0.5]])
+    ids, weights = choose_topk(scores, 2, normalize=False)
+    assert ids.tolist() == [[2, 0]]
+    assert ids.dtype == torch.int64
+    torch.testing.assert_close(weights, torch.tensor([[0.5, 0.3]]))
+    torch.testing.assert_close(choose_topk(scores, 2, normalize=True)[1], torch.tensor([[0.625, 0.375]]))
+    scaled = choose_topk(scores, 2, normalize=True, scaling_factor=4.0)[1]
+    torch.testing.assert_close(scaled, torch.tensor([[2.5, 1.5]]))
+    scaled = choose_topk(scores, 2, normalize=False, scaling_factor=4.0)[1]
+    torch.testing.assert_close(scaled, torch.tensor([[2.0, 1.2]]))
+
+
+def test_choose_topk_of_scores_that_underflowed() -> None:
+    scores = torch.zeros(2, 4, requires_grad=True)
+    weights = choose_topk(scores, 2, normalize=True)[1]
+    assert weights.tolist() == [[0.0, 0.0], [0.0, 0.0]]
+    weights.sum().backward()
+    assert torch.isfinite(scores.grad).all()
+
+
+@pytest.mark.parametrize("ids_dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize(("tokens", "top_k", "experts"), [(50, 3, 7), (0, 2, 4), (1, 1, 1), (9, 4, 4)])
+def test_counts_against_numpy(tokens: int, top_k: int, experts: int, ids_dtype: torch.dtype) -> None:
+    ids = torch.rand(tokens, experts).topk(top_k).indices.to(ids_dtype)
+    counts = count_tokens_per_expert(ids, experts)
+    assert counts.dtype == torch.int64
+    np.testing.assert_array_equal(counts.numpy(), np.bincount(ids.numpy().ravel(), minlength=experts))
