@@ -38,7 +38,7 @@ def run(preset: str, options: list[str]) -> dict[str, Any]:
     return {
         **json.loads((run_dir / "model.json").read_text()),
         "train": [(r["tokens"], r["loss"]) for r in records if r["kind"] == "train"],
-        "validation": [(r["step"], r["loss"]) for r in records if r["kind"] == "eval"],
+        "validation": [(r["step"], r["loss"]) for r in records if r["kind"] == "eval" and not r["whole"]],
         "tokens_per_step": config.train.batch_size * config.train.seq_len,
         "final_loss": result.evaluation.loss,
         "final_bits_per_byte": result.evaluation.bits_per_byte,
@@ -54,7 +54,7 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
     for name, result in results.items():
         label = (
             f"{name}: {result['num_active_params'] / 1e6:.2f} M active of {result['num_params'] / 1e6:.2f} M, "
-            f"{result['final_bits_per_byte']:.3f} bits/byte"
+            f"{result['final_bits_per_byte']:.3f} bits/byte in the end"
         )
         axes.plot(*zip(*result["train"]), color=COLOURS[name], alpha=0.3, linewidth=1)
         points = [(step * result["tokens_per_step"], loss) for step, loss in result["validation"]]

@@ -47,8 +47,10 @@ def main(argv: list[str] | None = None) -> int:
         near = difflib.get_close_matches(verb, VERBS, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         return _fail(f"unknown verb {verb!r}{hint}; dmoe --help lists them", 2)
-    # Before torch loads OpenMP: threads that spin while they wait slow each other down when cores are shared.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Before torch loads OpenMP: threads spin for some microseconds between operators, so that they need not be woken,
+    # but no longer, so that a core that is shared with other work is not wasted.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     from dmoe.errors import DmoeError
 
     try:

@@ -95,6 +95,6 @@ def activate_backward(grad_RF: Tensor, h_RH: Tensor, name: str, *, gated: bool, 
         grad_up.copy_(grad_RF * act * (up.abs() <= CLAMP_LIMIT))
         return act * (up_c + 1)
     act = _pointwise(name, gate)
+    torch.mul(grad_RF, act, out=grad_up)
     grad_gate.copy_(_pointwise_backward(name, grad_RF * up, gate))
-    grad_up.copy_(grad_RF * act)
-    return act * up
+    return act.mul_(up)

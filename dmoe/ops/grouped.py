@@ -26,16 +26,59 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmoe.ops.activations import activate, activate_backward
-from dmoe.ops.permute import sort_by_expert, sum_picks
+from dmoe.ops.permute import Permutation, pad_groups, sort_by_expert, sum_picks
 
-# Rows per activation block on the CPU: the fp32 temporaries of a block stay in the last-level cache.
-_CPU_BLOCK_ROWS = 1024
+# Elements per activation block on the CPU: the fp32 temporaries of a block stay in the cache of a core.
+_CPU_BLOCK = 2**18
 
 
-def _blocks(rows: Tensor) -> Iterator[slice]:
-    step = _CPU_BLOCK_ROWS if rows.device.type == "cpu" else max(rows.shape[0], 1)
-    for start in range(0, rows.shape[0], step):
+def _blocks(rows_RH: Tensor) -> Iterator[slice]:
+    on_cpu = rows_RH.device.type == "cpu"
+    step = max(512, _CPU_BLOCK // rows_RH.shape[1]) if on_cpu else max(1, rows_RH.shape[0])
+    for start in range(0, rows_RH.shape[0], step):
         yield slice(start, start + step)
+
+
+# On the CPU, in half precision, one batched product is faster than one product an expert while these are small and the
+# batch is balanced enough for the padding it needs: multiply-adds of one expert's up projection, rows over rows needed.
+_CPU_BATCH_LIMIT = 2**25
+_CPU_PADDING_LIMIT = 1.3
+
+
+def _permute(topk_ids_TK: Tensor, gate_up_proj: Tensor, may_pad: bool) -> Permutation:
+    permutation = sort_by_expert(topk_ids_TK, gate_up_proj.shape[0])
+    num_rows = topk_ids_TK.numel()
+    if not may_pad or num_rows == 0:
+        return permutation
+    num_experts, height, width = gate_up_proj.shape
+    capacity = int(torch.diff(permutation.offsets_E, prepend=permutation.offsets_E.new_zeros(1)).max())
+    small = capacity * height * width <= _CPU_BATCH_LIMIT
+    balanced = capacity * num_experts <= _CPU_PADDING_LIMIT * num_rows
+    return pad_groups(permutation, capacity) if small and balanced else permutation
+
+
+def _rows_times_weights(rows_RM: Tensor, weights_EMN: Tensor, offsets_E: Tensor, padded: bool) -> Tensor:
+    """[R, N]: each expert's rows times its matrix."""
+    if padded:
+        return torch.bmm(rows_RM.unflatten(0, (offsets_E.numel(), -1)), weights_EMN).flatten(0, 1)
+    return F.grouped_mm(rows_RM, weights_EMN, offs=offsets_E)
+
+
+def _weight_gradient(left_RM: Tensor, right_RN: Tensor, offsets_E: Tensor, padded: bool) -> Tensor:
+    """[E, M, N]: the sum over each expert's rows of left (outer) right."""
+    if padded:
+        groups = (offsets_E.numel(), -1)
+        return torch.bmm(left_RM.unflatten(0, groups).transpose(1, 2), right_RN.unflatten(0, groups))
+    return F.grouped_mm(left_RM.t(), right_RN, offs=offsets_E)
+
+
+def _row_metadata(order_R: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Token, expert and weight [R, 1] of each row. A row that only pads is a copy of some token with weight 0."""
+    num_tokens, top_k = topk_ids_TK.shape
+    tokens_R = (order_R // top_k).clamp_(max=num_tokens - 1)
+    experts_R = F.pad(topk_ids_TK.reshape(-1), (0, 1))[order_R]
+    scale_R1 = F.pad(topk_weights_TK.reshape(-1), (0, 1))[order_R].unsqueeze(1)
+    return tokens_R, experts_R, scale_R1
 
 
 def _segment_sum(rows_RC: Tensor, offsets_E: Tensor) -> Tensor:
@@ -55,23 +98,26 @@ def _expert_mlp(
     down_bias: Tensor | None,
     activation: str,
     save: bool,
+    may_pad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns y_TD and, for the backward: h_RH (no rows unless `save`) and the three parts of the permutation."""
-    gated = gate_up_proj.shape[1] == 2 * down_proj.shape[2]
-    top_k = topk_ids_TK.shape[1]
-    permutation = sort_by_expert(topk_ids_TK, gate_up_proj.shape[0])
-    order_R, inverse_TK, offsets_E = permutation
-    scale_R1 = topk_weights_TK.reshape(-1)[order_R].unsqueeze(1)
-    experts_R = topk_ids_TK.reshape(-1)[order_R]
+    """Returns y_TD and, for the backward: h_RH (no rows unless `save`) and the three parts of the permutation.
 
-    x_RD = x_TD.index_select(0, order_R // top_k)
-    h_RH = F.grouped_mm(x_RD, gate_up_proj.transpose(1, 2), offs=offsets_E)
+    `may_pad` lets the number of rows depend on the routing: on the CPU and outside the compiler.
+    """
+    gated = gate_up_proj.shape[1] == 2 * down_proj.shape[2]
+    permutation = _permute(topk_ids_TK, gate_up_proj, may_pad)
+    order_R, inverse_TK, offsets_E = permutation
+    padded = order_R.numel() != topk_ids_TK.numel()
+    tokens_R, experts_R, scale_R1 = _row_metadata(order_R, topk_ids_TK, topk_weights_TK)
+
+    x_RD = x_TD.index_select(0, tokens_R)
+    h_RH = _rows_times_weights(x_RD, gate_up_proj.transpose(1, 2), offsets_E, padded)
     if gate_up_bias is not None:
         h_RH += gate_up_bias.index_select(0, experts_R)
     a_RF = x_TD.new_empty(h_RH.shape[0], down_proj.shape[2])
     for block in _blocks(h_RH):
-        a_RF[block] = activate(h_RH[block], activation, gated=gated).mul_(scale_R1[block])
-    y_RD = F.grouped_mm(a_RF, down_proj.transpose(1, 2), offs=offsets_E)
+        torch.mul(activate(h_RH[block], activation, gated=gated), scale_R1[block], out=a_RF[block])
+    y_RD = _rows_times_weights(a_RF, down_proj.transpose(1, 2), offsets_E, padded)
     if down_bias is not None:
         y_RD += (down_bias.index_select(0, experts_R) * scale_R1).to(y_RD.dtype)
     if not save:
@@ -90,6 +136,7 @@ def _(
     down_bias: Tensor | None,
     activation: str,
     save: bool,
+    may_pad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows = topk_ids_TK.numel()
     return (
@@ -121,16 +168,15 @@ def _expert_mlp_backward(
     """Gradients of x, topk_weights, gate_up_proj, down_proj and the two biases; empty where `needs` says no."""
     needs_x, needs_weights, needs_gate_up, needs_down, needs_gate_up_bias, needs_down_bias = needs
     gated = gate_up_proj.shape[1] == 2 * down_proj.shape[2]
-    tokens_R = order_R // topk_ids_TK.shape[1]
-    experts_R = topk_ids_TK.reshape(-1)[order_R]
-    scale_R1 = topk_weights_TK.reshape(-1)[order_R].unsqueeze(1)
+    padded = order_R.numel() != topk_ids_TK.numel()
+    tokens_R, experts_R, scale_R1 = _row_metadata(order_R, topk_ids_TK, topk_weights_TK)
     none = x_TD.new_empty(0)
     grad_x = grad_weights = grad_gate_up = grad_down = grad_gate_up_bias = grad_down_bias = none
 
     # Contiguous rows whatever the strides of the gradient: that of y.sum() is an expanded scalar, and grouped_mm
     # refuses zero strides.
     grad_RD = grad_TD.index_select(0, tokens_R)
-    grad_a_RF = F.grouped_mm(grad_RD, down_proj, offs=offsets_E)
+    grad_a_RF = _rows_times_weights(grad_RD, down_proj, offsets_E, padded)
     grad_h_RH = torch.empty_like(h_RH)
     grad_s_R = scale_R1.new_empty(order_R.shape)
     a_RF = torch.empty_like(grad_a_RF)
@@ -138,10 +184,10 @@ def _expert_mlp_backward(
         g_RF, s_R1 = grad_a_RF[block].to(scale_R1.dtype), scale_R1[block]
         a = activate_backward(g_RF * s_R1, h_RH[block], activation, gated=gated, out=grad_h_RH[block])
         torch.sum(g_RF.mul_(a), dim=1, out=grad_s_R[block])
-        a_RF[block] = a.mul_(s_R1)
+        torch.mul(a, s_R1, out=a_RF[block])
 
     if needs_down:
-        grad_down = F.grouped_mm(grad_RD.t(), a_RF, offs=offsets_E)
+        grad_down = _weight_gradient(grad_RD, a_RF, offsets_E, padded)
     if needs_down_bias:
         grad_down_bias = _segment_sum((grad_RD * scale_R1).to(x_TD.dtype), offsets_E)
     if needs_weights:
@@ -149,11 +195,11 @@ def _expert_mlp_backward(
             grad_s_R += (grad_RD * down_bias.index_select(0, experts_R)).sum(dim=1, dtype=grad_s_R.dtype)
         grad_weights = grad_s_R[inverse_TK]
     if needs_gate_up:
-        grad_gate_up = F.grouped_mm(grad_h_RH.t(), x_TD.index_select(0, tokens_R), offs=offsets_E)
+        grad_gate_up = _weight_gradient(grad_h_RH, x_TD.index_select(0, tokens_R), offsets_E, padded)
     if needs_gate_up_bias:
         grad_gate_up_bias = _segment_sum(grad_h_RH, offsets_E)
     if needs_x:
-        grad_x = sum_picks(F.grouped_mm(grad_h_RH, gate_up_proj, offs=offsets_E), inverse_TK)
+        grad_x = sum_picks(_rows_times_weights(grad_h_RH, gate_up_proj, offsets_E, padded), inverse_TK)
     # An operator may not return one tensor twice.
     outputs = (grad_x, grad_weights, grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias)
     return tuple(t if t is not none else none.clone() for t in outputs)  # type: ignore[return-value]
@@ -211,7 +257,7 @@ class _ExpertMLP(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, activation, _save = inputs
+        *tensors, activation, _save, _may_pad = inputs
         ctx.save_for_backward(*tensors, *output[1:])
         ctx.mark_non_differentiable(*output[1:])
         ctx.activation = activation
@@ -223,11 +269,15 @@ class _ExpertMLP(torch.autograd.Function):
         # The compiler cannot trace a Function inside a backward, and refuses second derivatives by itself.
         grads = _expert_mlp_backward(*args) if torch.compiler.is_compiling() else _ExpertMLPBackward.apply(*args)
         dx, dweights, dgate_up, ddown, dgate_up_bias, ddown_bias = (g if w else None for g, w in zip(grads, wanted))
-        return dx, None, dweights, dgate_up, ddown, dgate_up_bias, ddown_bias, None, None
+        return dx, None, dweights, dgate_up, ddown, dgate_up_bias, ddown_bias, None, None, None
 
 
-def _call(*args: Any) -> Tensor:
-    return _ExpertMLP.apply(*args, True)[0] if torch.is_grad_enabled() else _expert_mlp(*args, False)[0]
+def _call(x_TD: Tensor, *args: Any) -> Tensor:
+    half = x_TD.element_size() == 2
+    may_pad = half and x_TD.device.type == "cpu" and not torch.compiler.is_compiling()
+    if torch.is_grad_enabled():
+        return _ExpertMLP.apply(x_TD, *args, True, may_pad)[0]
+    return _expert_mlp(x_TD, *args, False, may_pad)[0]
 
 
 def _pad_to(t: Tensor, dim: int, multiple: int) -> Tensor:

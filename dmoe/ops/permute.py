@@ -16,7 +16,8 @@ class Permutation(NamedTuple):
     """Rows sorted by expert; within an expert, by token."""
 
     order_R: Tensor
-    """int64: sorted row r is pick `order_R[r]` of the flattened [T*K] picks, so its token is `order_R[r] // K`."""
+    """int64: sorted row r is pick `order_R[r]` of the flattened [T*K] picks, so its token is `order_R[r] // K`;
+    a row that only pads (`pad_groups`) has T*K."""
     inverse_TK: Tensor
     """int64: the sorted row that holds pick k of token t."""
     offsets_E: Tensor
@@ -36,6 +37,19 @@ def sort_by_expert(topk_ids_TK: Tensor, num_experts: int) -> Permutation:
     experts = torch.arange(num_experts, device=flat.device, dtype=ids_R.dtype)
     offsets = torch.searchsorted(ids_R, experts, right=True, out_int32=True)
     return Permutation(order_R, inverse.view(topk_ids_TK.shape), offsets)
+
+
+def pad_groups(permutation: Permutation, capacity: int) -> Permutation:
+    """The same permutation with exactly `capacity` rows an expert, at least the size of the largest group."""
+    order_R, inverse_TK, offsets_E = permutation
+    num_rows, num_experts = order_R.numel(), offsets_E.numel()
+    ends_E = torch.arange(1, num_experts + 1, device=order_R.device, dtype=offsets_E.dtype) * capacity
+    counts_E = torch.diff(offsets_E, prepend=offsets_E.new_zeros(1)).long()
+    # A row moves by as much as the padding of the experts before its own.
+    shift_E = (ends_E - capacity) - (offsets_E - counts_E)
+    slots_R = torch.arange(num_rows, device=order_R.device) + shift_E.repeat_interleave(counts_E)
+    padded_order = order_R.new_full((num_experts * capacity,), num_rows).index_copy_(0, slots_R, order_R)
+    return Permutation(padded_order, slots_R[inverse_TK], ends_E)
 
 
 def sum_picks(y_RD: Tensor, inverse_TK: Tensor) -> Tensor:

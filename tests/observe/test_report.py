@@ -101,7 +101,8 @@ def test_every_section_of_a_moe_run_and_its_numbers(tmp_path):
     assert_pictures(folder, LEARNING | EXPERTS)
     for line in ("my run", "finished, 300 steps", "6 MoE layers", "8 experts, top-2",
                  "12.3 M parameters, 5.10 M active",
-                 "1.23 M tokens trained", "dmoe train config.yaml --run_dir", "def parse(self, text):", "top_k: 2"):  # fmt: skip
+                 "1.23 M tokens trained", "dmoe train config.yaml --run_dir", "def parse(self, text):",
+                 "top_k: 2"):  # fmt: skip
         assert line in page.text
 
     train = [record for record in records if record["kind"] == "train"]

@@ -42,9 +42,12 @@ def test_memory_kept_for_the_backward(gated: bool, dtype: torch.dtype) -> None:
     T, D, E, K, F = 200, 32, 4, 2, 24
     H, R, size = 2 * F if gated else F, T * K, dtype.itemsize
     p = make_problem(T, D, E, K, F, gated=gated, bias=True, dtype=dtype)
+    if dtype.itemsize == 2:  # small products in half precision are batched, with at most this much padding of the rows
+        R = E * int(torch.bincount(p.topk_ids.flatten()).max())
+        assert T * K < R <= 1.3 * T * K
     parameters = (E * H * D + E * D * F + E * H + E * D) * size
-    routing = 8 * R + 4 * R  # ids int64, weights fp32
-    permutation = 8 * R + 8 * R + 4 * E  # order, inverse, offsets
+    routing = 8 * T * K + 4 * T * K  # ids int64, weights fp32
+    permutation = 8 * R + 8 * T * K + 4 * E  # order, inverse, offsets
     assert saved_bytes(p) == T * D * size + R * H * size + parameters + routing + permutation
 
 
@@ -121,8 +124,8 @@ def test_operators_pass_opcheck(bias: bool, ids_dtype: torch.dtype) -> None:
     p = make_problem(bias=bias)
     tensors = replace(p, topk_ids=p.topk_ids.to(ids_dtype)).tensors()
     for save in (True, False):
-        torch.library.opcheck(grouped._expert_mlp, (*tensors, "silu", save))
-    kept = grouped._expert_mlp(*tensors, "silu", True)[1:]
+        torch.library.opcheck(grouped._expert_mlp, (*tensors, "silu", save, False))
+    kept = grouped._expert_mlp(*tensors, "silu", True, False)[1:]
     for needs in ([True] * 4 + [bias] * 2, [False, True, False, True, False, False]):
         args = (torch.randn(p.x.shape), *tensors, *kept, "silu", needs)
         torch.library.opcheck(grouped._expert_mlp_backward, args)

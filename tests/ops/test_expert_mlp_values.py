@@ -8,7 +8,7 @@ import torch
 from dense_oracle import ACTIVATIONS, DIFFERENTIABLE, Problem, dense_gradients, make_problem, relative_error
 from torch import Tensor
 
-from dmoe.ops import expert_mlp
+from dmoe.ops import expert_mlp, grouped
 
 BACKENDS = ("reference", "torch")
 # Relative, norm-wise; half-precision arguments are rounded before the oracle sees them.
@@ -71,6 +71,13 @@ def test_shapes_in_fp32(case: str, bias: bool, backend: str) -> None:
 @pytest.mark.parametrize("case", SHAPES)
 def test_shapes_in_half_precision(case: str, dtype: torch.dtype, backend: str) -> None:
     assert_matches(make_problem(dtype=dtype, bias=True, **SHAPES[case]), backend)
+
+
+@pytest.mark.parametrize("case", SHAPES)
+def test_half_precision_with_padded_groups(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batched product of the CPU, which pads every expert to the largest, at any imbalance."""
+    monkeypatch.setattr(grouped, "_CPU_PADDING_LIMIT", 1e9)
+    assert_matches(make_problem(dtype=torch.bfloat16, bias=True, **SHAPES[case]), "torch")
 
 
 def pre_activations(p: Problem) -> Tensor:

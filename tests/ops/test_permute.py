@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dmoe.ops import sort_by_expert, sum_picks
+from dmoe.ops.permute import pad_groups, sort_by_expert, sum_picks
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
@@ -49,3 +49,18 @@ def test_sum_picks_has_the_same_bits_whatever_the_batch(width: int, dtype: torch
     whole = sum_picks(rows, inverse)
     for n in (1, 2, 3, 5, 8, 17, 31):
         assert torch.equal(sum_picks(rows, inverse[:n]), whole[:n])
+
+
+@pytest.mark.parametrize("extra", [0, 3])
+def test_pad_groups(extra: int) -> None:
+    """Expert e's rows are e * capacity and on, in the same order; the others pad; the inverse finds every pick."""
+    ids_TK = torch.tensor([[1, 3], [3, 0], [3, 1], [0, 3]])
+    packed = sort_by_expert(ids_TK, 5)
+    capacity = 4 + extra
+    order_R, inverse_TK, offsets_E = pad_groups(packed, capacity)
+    assert offsets_E.tolist() == [capacity * e for e in range(1, 6)]
+    picks = {0: [3, 6], 1: [0, 5], 3: [1, 2, 4, 7]}
+    for e in range(5):
+        mine = picks.get(e, [])
+        assert order_R[e * capacity : (e + 1) * capacity].tolist() == mine + [8] * (capacity - len(mine))
+    assert torch.equal(order_R[inverse_TK].flatten(), torch.arange(8))
