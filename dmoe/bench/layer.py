@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -87,7 +88,7 @@ def time_shape(
 ) -> dict[str, dict[str, float]]:
     """Median seconds of "forward" (no gradient) and "forward_backward" per implementation.
 
-    The implementations take turns within every round, so that a slow moment of the machine falls on all of them.
+    Every round runs all implementations, so that a slow moment of the machine falls on all of them.
     Names: "dense", the backends as "dmoe (NAME)", and the alternatives. One warm-up round is not counted.
     """
     inputs = _inputs(shape, dtype, device, seed)
@@ -101,10 +102,10 @@ def time_shape(
     grad = torch.randn_like(x)
     dense_inputs = (x, *inputs[1:3], dense_up, dense_down)
     times: dict[str, dict[str, list[float]]] = {name: {"forward": [], "forward_backward": []} for name in functions}
+    order = random.Random(seed)
     for round_number in range(rounds + 1):
-        # Each round starts with another one: the memory that one leaves behind is what the next one finds.
-        turn = round_number % len(functions)
-        for name, function in [*functions.items()][turn:] + [*functions.items()][:turn]:
+        # In random order: what one leaves behind in the allocator is what the next one finds.
+        for name, function in order.sample([*functions.items()], len(functions)):
             args = dense_inputs if name == "dense" else inputs
             with torch.no_grad():
                 forward = _seconds(partial(function, *args), device)
