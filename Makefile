@@ -3,8 +3,6 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-# Threads that spin while they wait slow each other down on shared cores.
-export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: train test lint format docs benchmarks clean
 
@@ -12,7 +10,7 @@ train: $(VENV)/core
 	$(BIN)/dmoe train $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -55,17 +55,18 @@ def _dense(x: Tensor, _ids: Tensor, _weights: Tensor, gate_up: Tensor, down: Ten
     return F.linear(F.silu(gate) * up, down)
 
 
-def _inputs(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Tensor, ...]:
-    generator = torch.Generator(device).manual_seed(seed)
+def _weights(shape: Shape, width: int, dtype: torch.dtype, device: torch.device, experts: int = 0) -> list[Tensor]:
+    """gate_up and down of experts, or without `experts` of one dense MLP of that width."""
+    D, E = shape.hidden_size, (experts,) if experts else ()
+    gate_up, down = torch.randn(*E, 2 * width, D, device=device), torch.randn(*E, D, width, device=device)
+    return [(w * w.shape[-1] ** -0.5).to(dtype).requires_grad_() for w in (gate_up, down)]
 
-    def normal(*size: int, std: float = 1.0) -> Tensor:
-        return torch.randn(*size, generator=generator, device=device).mul_(std).to(dtype).requires_grad_()
 
-    E, D, F_ = shape.num_experts, shape.hidden_size, shape.intermediate_size
-    scores = torch.randn(shape.tokens, E, generator=generator, device=device).softmax(dim=-1)
-    weights, ids = scores.topk(shape.top_k, dim=-1)
-    x, gate_up, down = normal(shape.tokens, D), normal(E, 2 * F_, D, std=D**-0.5), normal(E, D, F_, std=F_**-0.5)
-    return x, ids, weights.detach().requires_grad_(), gate_up, down
+def _tokens(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """x, expert ids and routing weights. New ones for every round: no two batches of a training run are alike."""
+    x = torch.randn(shape.tokens, shape.hidden_size, device=device).to(dtype).requires_grad_()
+    weights, ids = torch.randn(shape.tokens, shape.num_experts, device=device).softmax(dim=-1).topk(shape.top_k, dim=-1)
+    return [x, ids, weights.requires_grad_()]
 
 
 def _seconds(run: Callable[[], Any], device: torch.device) -> float:
@@ -78,7 +79,7 @@ def _seconds(run: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def _step(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad: Tensor) -> None:
+def _step(function: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor) -> None:
     leaves = [t for t in inputs if t.requires_grad]
     torch.autograd.grad(function(*inputs), leaves, grad, allow_unused=True)
 
@@ -91,25 +92,23 @@ def time_shape(
     Every round runs all implementations, so that a slow moment of the machine falls on all of them.
     Names: "dense", the backends as "dmoe (NAME)", and the alternatives. One warm-up round is not counted.
     """
-    inputs = _inputs(shape, dtype, device, seed)
-    x, _, _, gate_up, _ = inputs
-    width = shape.top_k * shape.intermediate_size
-    dense_up = torch.randn(2 * width, gate_up.shape[2], device=device).mul_(0.02).to(dtype).requires_grad_()
-    dense_down = torch.randn(gate_up.shape[2], width, device=device).mul_(0.02).to(dtype).requires_grad_()
-    functions: dict[str, Callable[..., Tensor]] = {"dense": lambda x, i, w, *_: _dense(x, i, w, dense_up, dense_down)}
+    torch.manual_seed(seed)
+    experts = _weights(shape, shape.intermediate_size, dtype, device, shape.num_experts)
+    dense = _weights(shape, shape.top_k * shape.intermediate_size, dtype, device)
+    functions: dict[str, Callable[..., Tensor]] = {"dense": _dense}
     functions |= {f"dmoe ({name})": partial(expert_mlp, backend=name) for name in BACKENDS if name != "reference"}
     functions |= ALTERNATIVES
-    grad = torch.randn_like(x)
-    dense_inputs = (x, *inputs[1:3], dense_up, dense_down)
     times: dict[str, dict[str, list[float]]] = {name: {"forward": [], "forward_backward": []} for name in functions}
     order = random.Random(seed)
     for round_number in range(rounds + 1):
+        tokens = _tokens(shape, dtype, device)
+        grad = torch.randn_like(tokens[0])
         # In random order: what one leaves behind in the allocator is what the next one finds.
         for name, function in order.sample([*functions.items()], len(functions)):
-            args = dense_inputs if name == "dense" else inputs
+            inputs = [*tokens, *(dense if name == "dense" else experts)]
             with torch.no_grad():
-                forward = _seconds(partial(function, *args), device)
-            both = _seconds(partial(_step, function, args, grad), device)
+                forward = _seconds(partial(function, *inputs), device)
+            both = _seconds(partial(_step, function, inputs, grad), device)
             if round_number:
                 times[name]["forward"].append(forward)
                 times[name]["forward_backward"].append(both)

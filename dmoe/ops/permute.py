@@ -39,17 +39,20 @@ def sort_by_expert(topk_ids_TK: Tensor, num_experts: int) -> Permutation:
     return Permutation(order_R, inverse.view(topk_ids_TK.shape), offsets)
 
 
-def pad_groups(permutation: Permutation, capacity: int) -> Permutation:
-    """The same permutation with exactly `capacity` rows an expert, at least the size of the largest group."""
+def pad_groups(permutation: Permutation, sizes_E: Tensor) -> Permutation:
+    """The same permutation with `sizes_E[e]` rows for expert e, at least as many as it has; the added ones come last.
+
+    The number of rows depends on the data: the sizes are read on the host.
+    """
     order_R, inverse_TK, offsets_E = permutation
-    num_rows, num_experts = order_R.numel(), offsets_E.numel()
-    ends_E = torch.arange(1, num_experts + 1, device=order_R.device, dtype=offsets_E.dtype) * capacity
-    counts_E = torch.diff(offsets_E, prepend=offsets_E.new_zeros(1)).long()
-    # A row moves by as much as the padding of the experts before its own.
-    shift_E = (ends_E - capacity) - (offsets_E - counts_E)
+    num_rows = order_R.numel()
+    counts_E = torch.diff(offsets_E, prepend=offsets_E.new_zeros(1))
+    ends_E = sizes_E.cumsum(0)
+    # A row moves by as much as was added to the experts before its own.
+    shift_E = (ends_E - sizes_E) - (offsets_E - counts_E)
     slots_R = torch.arange(num_rows, device=order_R.device) + shift_E.repeat_interleave(counts_E)
-    padded_order = order_R.new_full((num_experts * capacity,), num_rows).index_copy_(0, slots_R, order_R)
-    return Permutation(padded_order, slots_R[inverse_TK], ends_E)
+    padded_order = order_R.new_full((int(ends_E[-1]),), num_rows).index_copy_(0, slots_R, order_R)
+    return Permutation(padded_order, slots_R[inverse_TK], ends_E.to(offsets_E.dtype))
 
 
 def sum_picks(y_RD: Tensor, inverse_TK: Tensor) -> Tensor:

@@ -73,10 +73,11 @@ def test_shapes_in_half_precision(case: str, dtype: torch.dtype, backend: str) -
     assert_matches(make_problem(dtype=dtype, bias=True, **SHAPES[case]), backend)
 
 
+@pytest.mark.parametrize("limit", [0.0, 1e9], ids=["grouped", "batched"])
 @pytest.mark.parametrize("case", SHAPES)
-def test_half_precision_with_padded_groups(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The batched product of the CPU, which pads every expert to the largest, at any imbalance."""
-    monkeypatch.setattr(grouped, "_CPU_PADDING_LIMIT", 1e9)
+def test_half_precision_with_padded_groups(case: str, limit: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways in which groups are padded on the CPU, at any imbalance."""
+    monkeypatch.setattr(grouped, "_PADDING_LIMIT", limit)
     assert_matches(make_problem(dtype=torch.bfloat16, bias=True, **SHAPES[case]), "torch")
 
 

@@ -51,16 +51,13 @@ def test_sum_picks_has_the_same_bits_whatever_the_batch(width: int, dtype: torch
         assert torch.equal(sum_picks(rows, inverse[:n]), whole[:n])
 
 
-@pytest.mark.parametrize("extra", [0, 3])
-def test_pad_groups(extra: int) -> None:
-    """Expert e's rows are e * capacity and on, in the same order; the others pad; the inverse finds every pick."""
+@pytest.mark.parametrize("sizes", [[4, 4, 4, 4, 4], [2, 3, 1, 8, 0], [2, 2, 0, 4, 0]])
+def test_pad_groups(sizes: list[int]) -> None:
+    """An expert's rows stay in order at the start of its group; the others pad; the inverse finds every pick."""
     ids_TK = torch.tensor([[1, 3], [3, 0], [3, 1], [0, 3]])
-    packed = sort_by_expert(ids_TK, 5)
-    capacity = 4 + extra
-    order_R, inverse_TK, offsets_E = pad_groups(packed, capacity)
-    assert offsets_E.tolist() == [capacity * e for e in range(1, 6)]
+    order_R, inverse_TK, offsets_E = pad_groups(sort_by_expert(ids_TK, 5), torch.tensor(sizes))
     picks = {0: [3, 6], 1: [0, 5], 3: [1, 2, 4, 7]}
-    for e in range(5):
-        mine = picks.get(e, [])
-        assert order_R[e * capacity : (e + 1) * capacity].tolist() == mine + [8] * (capacity - len(mine))
+    want = [picks.get(e, []) + [8] * (size - len(picks.get(e, []))) for e, size in enumerate(sizes)]
+    assert order_R.tolist() == [row for group in want for row in group]
+    assert offsets_E.tolist() == np.cumsum(sizes).tolist()
     assert torch.equal(order_R[inverse_TK].flatten(), torch.arange(8))
