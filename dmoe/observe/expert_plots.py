@@ -59,7 +59,7 @@ def expert_loads(records: Sequence[Record]) -> Array:
 
 def _grid(layers: int, height: float, right: float = 0.2) -> tuple[Figure, list[Axes]]:
     """A wide figure with one panel a layer, of `height` inches, and a margin of `right` inches."""
-    columns = min(layers, 3 if layers <= 9 else 4 if layers <= 16 else 6)
+    columns = 2 if layers == 4 else min(layers, 3 if layers <= 9 else 4 if layers <= 16 else 6)
     rows = math.ceil(layers / columns)
     # Placed by hand: a layout engine takes seconds for dozens of panels.
     top, bottom, gap = 0.30, 0.45, 0.34
