@@ -5,8 +5,9 @@ from dmoe.moe.experts import Experts, FeedForward
 from dmoe.moe.init import init_parameters
 from dmoe.moe.layer import MoE, moe_layers, set_aux_loss_scale
 from dmoe.moe.losses import attach_loss
+from dmoe.moe.recorder import LoadSummary, Recorder
 from dmoe.moe.router import Router, Routing
-from dmoe.moe.stats import LayerStats, LoadSummary, Recorder
+from dmoe.moe.stats import LayerStats
 
 __all__ = [
     "Experts",

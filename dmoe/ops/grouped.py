@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmoe.ops.activations import activate, activate_backward
-from dmoe.ops.permute import Permutation, pad_groups, sort_by_expert, sum_picks
+from dmoe.ops.permute import sum_picks
+from dmoe.ops.products import is_batch, permute_rows, rows_times_weights, weight_gradient
 
 # Elements per activation block on the CPU: the fp32 temporaries of a block stay in the cache of a core.
 _CPU_BLOCK = 2**18
@@ -37,55 +38,6 @@ def _blocks(rows_RH: Tensor) -> Iterator[slice]:
     step = max(512, _CPU_BLOCK // rows_RH.shape[1]) if on_cpu else max(1, rows_RH.shape[0])
     for start in range(0, rows_RH.shape[0], step):
         yield slice(start, start + step)
-
-
-# On the CPU, in half precision, the library behind a matrix product prepares code for every number of rows that it has
-# not seen, and the groups have new sizes at every step: preparing took four times as long as computing. So groups are
-# padded. To one common size, for one batched product, while that is small (multiply-adds of an expert's up projection)
-# and adds few rows (all over needed); else each to a multiple of about an eighth of the mean size.
-_BATCH_LIMIT = 2**26
-_PADDING_LIMIT = 1.6
-
-
-def _padded_sizes(counts_E: Tensor, weights_per_expert: int) -> Tensor:
-    """Rows for each expert: few different numbers, whatever the counts."""
-    mean = counts_E.sum() / counts_E.numel()
-    step = 2 ** max(0, int(mean / 8).bit_length() - 1)
-    sizes_E = (counts_E + step - 1) // step * step
-    largest = int(sizes_E.max())
-    small = largest * weights_per_expert <= _BATCH_LIMIT
-    return torch.full_like(sizes_E, largest) if small and largest <= _PADDING_LIMIT * mean else sizes_E
-
-
-def _permute(topk_ids_TK: Tensor, gate_up_proj: Tensor, may_pad: bool) -> Permutation:
-    permutation = sort_by_expert(topk_ids_TK, gate_up_proj.shape[0])
-    if not may_pad or topk_ids_TK.numel() == 0:
-        return permutation
-    counts_E = torch.diff(permutation.offsets_E.long(), prepend=topk_ids_TK.new_zeros(1, dtype=torch.int64))
-    return pad_groups(permutation, _padded_sizes(counts_E, gate_up_proj[0].numel()))
-
-
-def _is_batch(order_R: Tensor, inverse_TK: Tensor, offsets_E: Tensor) -> bool:
-    """Whether all experts have the same number of rows. Asked of padded groups only: the others are on the GPU."""
-    if order_R.numel() == inverse_TK.numel():
-        return False
-    size = order_R.numel() // offsets_E.numel()
-    return offsets_E.tolist() == [size * (e + 1) for e in range(offsets_E.numel())]
-
-
-def _rows_times_weights(rows_RM: Tensor, weights_EMN: Tensor, offsets_E: Tensor, batch: bool) -> Tensor:
-    """[R, N]: each expert's rows times its matrix."""
-    if batch:
-        return torch.bmm(rows_RM.unflatten(0, (offsets_E.numel(), -1)), weights_EMN).flatten(0, 1)
-    return F.grouped_mm(rows_RM, weights_EMN, offs=offsets_E)
-
-
-def _weight_gradient(left_RM: Tensor, right_RN: Tensor, offsets_E: Tensor, batch: bool) -> Tensor:
-    """[E, M, N]: the sum over each expert's rows of left (outer) right."""
-    if batch:
-        groups = (offsets_E.numel(), -1)
-        return torch.bmm(left_RM.unflatten(0, groups).transpose(1, 2), right_RN.unflatten(0, groups))
-    return F.grouped_mm(left_RM.t(), right_RN, offs=offsets_E)
 
 
 def _row_metadata(order_R: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,19 +73,19 @@ def _expert_mlp(
     `may_pad` lets the number of rows depend on the routing: on the CPU and outside the compiler.
     """
     gated = gate_up_proj.shape[1] == 2 * down_proj.shape[2]
-    permutation = _permute(topk_ids_TK, gate_up_proj, may_pad)
+    permutation = permute_rows(topk_ids_TK, gate_up_proj, may_pad)
     order_R, inverse_TK, offsets_E = permutation
-    batch = _is_batch(order_R, inverse_TK, offsets_E)
+    batch = is_batch(order_R, inverse_TK, offsets_E)
     tokens_R, experts_R, scale_R1 = _row_metadata(order_R, topk_ids_TK, topk_weights_TK)
 
     x_RD = x_TD.index_select(0, tokens_R)
-    h_RH = _rows_times_weights(x_RD, gate_up_proj.transpose(1, 2), offsets_E, batch)
+    h_RH = rows_times_weights(x_RD, gate_up_proj.transpose(1, 2), offsets_E, batch)
     if gate_up_bias is not None:
         h_RH += gate_up_bias.index_select(0, experts_R)
     a_RF = x_TD.new_empty(h_RH.shape[0], down_proj.shape[2])
     for block in _blocks(h_RH):
         torch.mul(activate(h_RH[block], activation, gated=gated), scale_R1[block], out=a_RF[block])
-    y_RD = _rows_times_weights(a_RF, down_proj.transpose(1, 2), offsets_E, batch)
+    y_RD = rows_times_weights(a_RF, down_proj.transpose(1, 2), offsets_E, batch)
     if down_bias is not None:
         y_RD += (down_bias.index_select(0, experts_R) * scale_R1).to(y_RD.dtype)
     if not save:
@@ -184,7 +136,7 @@ def _expert_mlp_backward(
     """Gradients of x, topk_weights, gate_up_proj, down_proj and the two biases; empty where `needs` says no."""
     needs_x, needs_weights, needs_gate_up, needs_down, needs_gate_up_bias, needs_down_bias = needs
     gated = gate_up_proj.shape[1] == 2 * down_proj.shape[2]
-    batch = _is_batch(order_R, inverse_TK, offsets_E)
+    batch = is_batch(order_R, inverse_TK, offsets_E)
     tokens_R, experts_R, scale_R1 = _row_metadata(order_R, topk_ids_TK, topk_weights_TK)
     none = x_TD.new_empty(0)
     grad_x = grad_weights = grad_gate_up = grad_down = grad_gate_up_bias = grad_down_bias = none
@@ -192,7 +144,7 @@ def _expert_mlp_backward(
     # Contiguous rows whatever the strides of the gradient: that of y.sum() is an expanded scalar, and grouped_mm
     # refuses zero strides.
     grad_RD = grad_TD.index_select(0, tokens_R)
-    grad_a_RF = _rows_times_weights(grad_RD, down_proj, offsets_E, batch)
+    grad_a_RF = rows_times_weights(grad_RD, down_proj, offsets_E, batch)
     grad_h_RH = torch.empty_like(h_RH)
     grad_s_R = scale_R1.new_empty(order_R.shape)
     a_RF = torch.empty_like(grad_a_RF)
@@ -203,7 +155,7 @@ def _expert_mlp_backward(
         torch.mul(a, s_R1, out=a_RF[block])
 
     if needs_down:
-        grad_down = _weight_gradient(grad_RD, a_RF, offsets_E, batch)
+        grad_down = weight_gradient(grad_RD, a_RF, offsets_E, batch)
     if needs_down_bias:
         grad_down_bias = _segment_sum((grad_RD * scale_R1).to(x_TD.dtype), offsets_E)
     if needs_weights:
@@ -211,11 +163,11 @@ def _expert_mlp_backward(
             grad_s_R += (grad_RD * down_bias.index_select(0, experts_R)).sum(dim=1, dtype=grad_s_R.dtype)
         grad_weights = grad_s_R[inverse_TK]
     if needs_gate_up:
-        grad_gate_up = _weight_gradient(grad_h_RH, x_TD.index_select(0, tokens_R), offsets_E, batch)
+        grad_gate_up = weight_gradient(grad_h_RH, x_TD.index_select(0, tokens_R), offsets_E, batch)
     if needs_gate_up_bias:
         grad_gate_up_bias = _segment_sum(grad_h_RH, offsets_E)
     if needs_x:
-        grad_x = sum_picks(_rows_times_weights(grad_h_RH, gate_up_proj, offsets_E, batch), inverse_TK)
+        grad_x = sum_picks(rows_times_weights(grad_h_RH, gate_up_proj, offsets_E, batch), inverse_TK)
     # An operator may not return one tensor twice.
     outputs = (grad_x, grad_weights, grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias)
     return tuple(t if t is not none else none.clone() for t in outputs)  # type: ignore[return-value]

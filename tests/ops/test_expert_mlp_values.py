@@ -8,7 +8,7 @@ import torch
 from dense_oracle import ACTIVATIONS, DIFFERENTIABLE, Problem, dense_gradients, make_problem, relative_error
 from torch import Tensor
 
-from dmoe.ops import expert_mlp, grouped
+from dmoe.ops import expert_mlp, products
 
 BACKENDS = ("reference", "torch")
 # Relative, norm-wise; half-precision arguments are rounded before the oracle sees them.
@@ -77,7 +77,7 @@ def test_shapes_in_half_precision(case: str, dtype: torch.dtype, backend: str) -
 @pytest.mark.parametrize("case", SHAPES)
 def test_half_precision_with_padded_groups(case: str, limit: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways in which groups are padded on the CPU, at any imbalance."""
-    monkeypatch.setattr(grouped, "_PADDING_LIMIT", limit)
+    monkeypatch.setattr(products, "_PADDING_LIMIT", limit)
     assert_matches(make_problem(dtype=torch.bfloat16, bias=True, **SHAPES[case]), "torch")
 
 
