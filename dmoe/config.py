@@ -7,8 +7,9 @@ value that would be right.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from dmoe.errors import ConfigError
 
@@ -24,12 +25,28 @@ def require(ok: bool, name: str, value: Any, wanted: str) -> None:
 
 def _require_positive(config: Any, section: str, *names: str) -> None:
     for name in names:
-        require(getattr(config, name) > 0, f"{section}.{name}", getattr(config, name), "greater than 0")
+        value = getattr(config, name)
+        require(math.isfinite(value), f"{section}.{name}", value, "finite")
+        require(value > 0, f"{section}.{name}", value, "greater than 0")
 
 
 def _require_not_negative(config: Any, section: str, *names: str) -> None:
     for name in names:
-        require(getattr(config, name) >= 0, f"{section}.{name}", getattr(config, name), "0 or greater")
+        value = getattr(config, name)
+        require(math.isfinite(value), f"{section}.{name}", value, "finite")
+        require(value >= 0, f"{section}.{name}", value, "0 or greater")
+
+
+def _require_types(config: Any, section: str) -> None:
+    """Check choices and integers of a config that was built in Python; the command line converts before."""
+    for name, kind in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        options = get_args(kind)
+        literals = options if get_origin(kind) is Literal else [o for a in options for o in get_args(a)]
+        if literals and not (value is None and type(None) in options):
+            require(value in literals, f"{section}.{name}", value, f"one of {', '.join(map(str, literals))}")
+        if kind is int:
+            require(isinstance(value, int) and not isinstance(value, bool), f"{section}.{name}", value, "an integer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +83,7 @@ class MoEConfig:
     """Implementation of the expert computation; None chooses by device and dtype."""
 
     def __post_init__(self) -> None:
+        _require_types(self, "moe")
         _require_positive(self, "moe", "intermediate_size", "num_experts", "top_k", "routed_scaling_factor")
         _require_not_negative(self, "moe", "hidden_size", "aux_loss_coef", "z_loss_coef", "shared_intermediate_size")
         if self.top_k > self.num_experts:
@@ -112,11 +130,15 @@ class ModelConfig:
     """The mixture-of-experts layers."""
 
     def __post_init__(self) -> None:
+        _require_types(self, "model")
         _require_positive(
             self, "model", "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
             "rope_theta", "norm_eps", "intermediate_size", "max_seq_len", "init_std",
         )  # fmt: skip
         _require_not_negative(self, "model", "moe_layer_freq", "first_k_dense")
+        if self.moe_layer_freq and self.first_k_dense >= self.num_layers:
+            wanted = f"less than model.num_layers ({self.num_layers}); a dense model has model.moe_layer_freq 0"
+            require(False, "model.first_k_dense", self.first_k_dense, wanted)
         require(
             self.num_heads % self.num_kv_heads == 0,
             "model.num_heads", self.num_heads, f"divisible by model.num_kv_heads ({self.num_kv_heads})",
@@ -157,6 +179,7 @@ class DataConfig:
     """Where tokenisers and token files are kept. "": $DMOE_CACHE, else ~/.cache/dmoe."""
 
     def __post_init__(self) -> None:
+        _require_types(self, "data")
         require(bool(self.corpus), "data.corpus", self.corpus, 'a path or "stdlib"')
         require(0 < self.val_fraction < 1, "data.val_fraction", self.val_fraction, "between 0 and 1")
         require(self.vocab_size >= 257, "data.vocab_size", self.vocab_size, "at least 257 (256 bytes and the end mark)")
@@ -186,6 +209,7 @@ class OptimConfig:
     """Learning rate at the end, as a share of the peak."""
 
     def __post_init__(self) -> None:
+        _require_types(self, "optim")
         _require_positive(self, "optim", "lr", "eps")
         _require_not_negative(self, "optim", "weight_decay", "clip_norm", "warmup_steps")
         require(0 <= self.min_lr_ratio <= 1, "optim.min_lr_ratio", self.min_lr_ratio, "in [0, 1]")
@@ -233,11 +257,14 @@ class TrainConfig:
     """Tokens of that sample. 0: none."""
 
     def __post_init__(self) -> None:
+        _require_types(self, "train")
         _require_positive(
             self, "train", "steps", "batch_size", "micro_batch_size", "seq_len", "log_every", "eval_batches",
             "max_skipped_steps",
         )  # fmt: skip
         _require_not_negative(self, "train", "eval_every", "peak_tflops", "sample_tokens", "seed")
+        if self.sample_tokens:
+            require(bool(self.sample_prompt), "train.sample_prompt", "", "not empty, or train.sample_tokens 0")
         require(
             self.batch_size % self.micro_batch_size == 0,
             "train.batch_size", self.batch_size, f"divisible by train.micro_batch_size ({self.micro_batch_size})",
@@ -255,6 +282,7 @@ class CheckpointConfig:
     """Newest checkpoints that are kept; at least 2, so that a damaged one has a predecessor."""
 
     def __post_init__(self) -> None:
+        _require_types(self, "checkpoint")
         _require_not_negative(self, "checkpoint", "every")
         require(self.keep >= 2, "checkpoint.keep", self.keep, "at least 2")
 

@@ -86,7 +86,7 @@ def test_bounds_themselves_are_allowed():
 
 @pytest.mark.parametrize(
     ("freq", "first", "layers"),
-    [(1, 0, [0, 1, 2, 3, 4, 5]), (1, 2, [2, 3, 4, 5]), (2, 0, [0, 2, 4]), (2, 1, [2, 4]), (0, 0, []), (1, 9, [])],
+    [(1, 0, [0, 1, 2, 3, 4, 5]), (1, 2, [2, 3, 4, 5]), (2, 0, [0, 2, 4]), (2, 1, [2, 4]), (0, 0, []), (0, 9, [])],
 )
 def test_moe_layers(freq, first, layers):
     assert ModelConfig(num_layers=6, moe_layer_freq=freq, first_k_dense=first).moe_layers() == layers
@@ -116,3 +116,27 @@ def test_yaml_is_plain():
     assert "!!" not in text  # no Python tags: any YAML reader takes it
     assert "betas:\n  - 0.9\n  - 0.95\n" in text
     assert "  moe:\n    hidden_size: 0\n" in text
+
+
+@pytest.mark.parametrize(
+    ("config", "field", "value"),
+    [
+        (MoEConfig, "score_function", "foo"),
+        (MoEConfig, "activation", "swish"),
+        (MoEConfig, "backend", "cuda"),
+        (MoEConfig, "top_k", 2.5),
+        (ModelConfig, "qk_norm", "foo"),
+        (OptimConfig, "schedule", "linear"),
+        (TrainConfig, "precision", "fp16"),
+        (TrainConfig, "steps", True),
+    ],
+)
+def test_choices_and_integers_are_checked_in_python_too(config, field, value):
+    with pytest.raises(ConfigError, match=rf"{field} is {value!r}: must be (one of|an integer)"):
+        config(**{field: value})
+
+
+def test_a_sample_needs_a_prompt():
+    with pytest.raises(ConfigError, match="train.sample_prompt"):
+        TrainConfig(sample_prompt="")
+    TrainConfig(sample_prompt="", sample_tokens=0)

@@ -11,7 +11,7 @@ VERBS = {
     "train": "train a model",
     "generate": "continue a prompt with a trained model",
     "report": "write the HTML report of a run",
-    "bench": "time the MoE layer against a dense MLP and between backends",
+    "bench": "time the expert computation against a dense MLP and other implementations",
     "doctor": "show versions, devices and which backends work",
 }
 

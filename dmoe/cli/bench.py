@@ -37,7 +37,7 @@ def main(args: list[str]) -> int:
     from dmoe.bench.layer import CPU_SHAPES, GPU_SHAPES, time_shape
     from dmoe.train.device import resolve_device
 
-    device = resolve_device(options.device)
+    device = resolve_device(options.device, "--device")
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     shapes = own_shapes or (GPU_SHAPES if device.type == "cuda" else CPU_SHAPES)
     results = []
@@ -107,6 +107,7 @@ def _cpu_name() -> str:
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(json.dumps(content, indent=1))
         temporary.replace(path)
     except OSError as error:

@@ -31,7 +31,7 @@ def main(args: list[str]) -> int:
     from dmoe.train.device import resolve_device
 
     config = apply_overrides(RunConfig(), read_yaml(options.run / "config.yaml"))
-    model, tokenizer = load_run(options.run, config, resolve_device(options.device))
+    model, tokenizer = load_run(options.run, config, resolve_device(options.device, "--device"))
     prompt = tokenizer.encode(options.prompt)
     tokens = generate_tokens(
         model, prompt, options.max_new_tokens, temperature=options.temperature, top_k=options.top_k,

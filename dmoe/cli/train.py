@@ -47,7 +47,8 @@ def _finish(result: TrainResult) -> None:
         print(f"\nA sample, continuing {config.train.sample_prompt!r}:\n{_sample(result.run_dir, config)}\n")
     if result.evaluation is not None:
         ours, zlib = result.evaluation.bits_per_byte, result.zlib_bits_per_byte
-        print(f"held-out text: {ours:.4f} bits/byte, zlib -9 {zlib:.4f} ({1 - ours / zlib:+.1%} better)")
+        compared = f"{abs(1 - ours / zlib):.1%} {'fewer' if ours < zlib else 'more'}"
+        print(f"held-out text: {ours:.4f} bits/byte; zlib -9 needs {zlib:.4f}, the model {compared}")
     print(f"report: {write_report(result.run_dir)}")
 
 
@@ -89,7 +90,9 @@ def _resumed_config(source: str | None, args: list[str], resume: str) -> RunConf
             return build_config(source, args)
     else:
         run_dir = Path(resume) if resume else _newest_run(Path("runs"))
-    if source is not None and not overrides.get("run_dir"):
+    if overrides.get("run_dir") and Path(overrides["run_dir"]) != run_dir:
+        raise ConfigError(f"--run_dir is {overrides['run_dir']!r} with --resume {resume}: must be left out or the same")
+    if source is not None and (resume or not overrides.get("run_dir")):
         raise ConfigError(f"{source!r} with --resume: a resumed run has its own configuration; give options only")
     if not (run_dir / "config.yaml").exists():
         raise ConfigError(f"--resume is {str(run_dir)!r}: must be a run directory (one with config.yaml)")

@@ -36,7 +36,7 @@ class Recorder:
 
         recorder = Recorder(model)
         loss = model(batch); loss.backward(); recorder.update()      # after each micro-batch
-        recorder.summary()["layers.0.mlp"].max_over_mean             # one host synchronisation
+        recorder.summary()["layers.0.mlp"].max_over_mean             # synchronises with the device
         recorder.reset()
 
     Without a recorder the layers record nothing. Attach it after the model is on its device. One at a time: a new

@@ -1,8 +1,9 @@
 """The torch backend: two grouped matrix products over rows sorted by expert, with a hand-written backward.
 
-One code path for CPU and GPU. It is a custom operator, so `torch.compile` traces through it as one node and autograd
-keeps only what the backward needs: x, the pre-activation H, the routing weights and the permutation. Per token that
-is K * H-width elements beside x; the gathered input, the activation and the expert outputs are not kept.
+The same operators on CPU and GPU, but for the layout of the groups (`dmoe.ops.products`). It is a custom operator, so
+`torch.compile` traces through it as one node and autograd keeps only what the backward needs: x, the pre-activation H,
+the routing weights and the permutation. Per token that is K * H-width elements beside x; the gathered input, the
+activation and the expert outputs are not kept.
 
 Legend: T tokens, D width, K picks, R = T*K rows sorted by expert, E experts, F expert width, H = 2F (gated) or F.
 
@@ -43,16 +44,18 @@ def _blocks(rows_RH: Tensor) -> Iterator[slice]:
 def _row_metadata(order_R: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Token, expert and weight [R, 1] of each row. A row that only pads is a copy of some token with weight 0."""
     num_tokens, top_k = topk_ids_TK.shape
-    tokens_R = (order_R // top_k).clamp_(max=num_tokens - 1)
-    experts_R = F.pad(topk_ids_TK.reshape(-1), (0, 1))[order_R]
-    scale_R1 = F.pad(topk_weights_TK.reshape(-1), (0, 1))[order_R].unsqueeze(1)
-    return tokens_R, experts_R, scale_R1
+    tokens_R, ids, weights = order_R // top_k, topk_ids_TK.reshape(-1), topk_weights_TK.reshape(-1)
+    if order_R.numel() != ids.numel():
+        tokens_R, ids, weights = tokens_R.clamp_(max=num_tokens - 1), F.pad(ids, (0, 1)), F.pad(weights, (0, 1))
+    return tokens_R, ids[order_R], weights[order_R].unsqueeze(1)
 
 
 def _segment_sum(rows_RC: Tensor, offsets_E: Tensor) -> Tensor:
     """[E, C] sums of each expert's rows, in row order with fp32 accumulation."""
     lengths = torch.diff(offsets_E.long(), prepend=offsets_E.new_zeros(1, dtype=torch.int64))
-    return torch.segment_reduce(rows_RC.float(), "sum", lengths=lengths, axis=0, initial=0.0).to(rows_RC.dtype)
+    return torch.segment_reduce(rows_RC.float(), "sum", lengths=lengths, axis=0, initial=0.0, unsafe=True).to(
+        rows_RC.dtype
+    )
 
 
 @torch.library.custom_op("dmoe::expert_mlp", mutates_args=())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import resource
 import sys
 import time
 
@@ -13,12 +12,13 @@ from dmoe.config import TrainConfig
 from dmoe.errors import ConfigError
 
 # Dense bf16 peak in TFLOP/s without sparsity, from NVIDIA's data sheets.
+# By a word of the device's name. PCIe cards are slower than their SXM namesakes: those, and fp32 runs, are measured.
 _PEAK_BF16 = {
-    "H100": 989.0, "H200": 989.0, "B200": 2250.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0, "RTX 4090": 165.0
+    "H100": 989.0, "H200": 989.0, "B200": 2250.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0, "4090": 165.0
 }  # fmt: skip
 
 
-def resolve_device(name: str) -> torch.device:
+def resolve_device(name: str, option: str = "train.device") -> torch.device:
     """ "auto" is the first GPU, or the CPU."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -27,9 +27,9 @@ def resolve_device(name: str) -> torch.device:
     except RuntimeError:
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f'train.device is {name!r}: must be "auto", "cpu", "cuda" or "cuda:N"')
+        raise ConfigError(f'{option} is {name!r}: must be "auto", "cpu", "cuda" or "cuda:N"')
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"train.device is {name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
+        raise ConfigError(f"{option} is {name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
     return device
 
 
@@ -55,8 +55,9 @@ def peak_tflops(config: TrainConfig, device: torch.device) -> float:
         return config.peak_tflops
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
+        words = name.replace("-", " ").split()
         for key, peak in _PEAK_BF16.items():
-            if key in name:
+            if key in words and "PCIe" not in words and autocast(config, device)._enabled:
                 return peak
     return _measured_tflops(device, torch.bfloat16 if autocast(config, device)._enabled else torch.float32)
 
@@ -78,5 +79,9 @@ def memory_gib(device: torch.device) -> float:
     """Peak memory so far in GiB: allocated on a GPU, resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return float("nan")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)

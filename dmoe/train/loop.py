@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import time
@@ -37,7 +38,7 @@ from dmoe.moe import Recorder, set_aux_loss_scale
 from dmoe.train.device import memory_gib, peak_tflops, resolve_device
 from dmoe.train.evaluate import EvalResult, evaluate
 from dmoe.train.metrics import MetricsLogger, load_fields
-from dmoe.train.optim import build_optimizer, learning_rate
+from dmoe.train.optim import apply_options, build_optimizer, learning_rate
 from dmoe.train.signals import StopRequest
 from dmoe.train.step import StepResult, micro_batches, training_step
 
@@ -102,6 +103,7 @@ def train(config: RunConfig, *, resume: bool = False) -> TrainResult:
     optimizer = build_optimizer(model, config.optim)
     messages: list[str] = []
     progress = _restore(run_dir, model, optimizer, messages) if resume else _Progress()
+    apply_options(optimizer, config.optim)
     # After restoring: a configuration that does not fit the checkpoint must not replace the one that does.
     _describe_run(config, data)
     if config.train.compile:
@@ -160,6 +162,8 @@ class _Loop:
         if stop.signum is None:
             evaluation = self.evaluate()
             self.log_evaluation(log, evaluation)
+            if not math.isfinite(evaluation.loss):
+                raise RunError(f"step {progress.step}: the validation loss is {evaluation.loss}: lower optim.lr")
         if stop.signum is not None:  # also one that came during the evaluation
             message = f"stopped by signal {stop.signum} after step {progress.step}; saved"
             message += f", continue with --resume {self.run_dir}"

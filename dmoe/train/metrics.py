@@ -92,7 +92,7 @@ class MetricsLogger:
             from torch.utils.tensorboard import SummaryWriter
 
             # purge_step hides what a run that is resumed had logged after its checkpoint
-            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step or None)
+            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
         self.console = Console(total_steps, start_step)
 
     def write(self, record: dict[str, Any]) -> None:

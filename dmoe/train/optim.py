@@ -34,6 +34,12 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     )
 
 
+def apply_options(optimizer: torch.optim.AdamW, config: OptimConfig) -> None:
+    """Set what a restored optimiser has from the run that saved it, and a resumed run may have changed."""
+    for group, weight_decay in zip(optimizer.param_groups, (config.weight_decay, 0.0)):
+        group.update(betas=config.betas, eps=config.eps, weight_decay=weight_decay)
+
+
 def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
     """Learning rate of optimiser step `step` (0-based) out of `total_steps`.
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import json
 import re
 import typing
 
@@ -61,7 +62,7 @@ def test_spellings(spelling, equals):
 def test_values_that_look_like_options():
     assert build_config(None, ["--train.sample_prompt=--x=y"]).train.sample_prompt == "--x=y"
     assert build_config(None, ["--train.sample_prompt", "-x"]).train.sample_prompt == "-x"
-    assert build_config(None, ["--train.sample_prompt="]).train.sample_prompt == ""
+    assert build_config(None, ["--run_dir="]).run_dir == ""
     assert parse_overrides(["--optim.lr=1", "--optim.lr=2"]) == {"optim": {"lr": "2"}}  # the last one counts
 
 
@@ -231,9 +232,41 @@ def test_train_ends_with_sample_comparison_and_report(tiny, tmp_path, capsys):
     options = tiny | {"run_dir": str(tmp_path / "run"), "train.steps": "2", "train.sample_tokens": "5"}
     assert main(["train", *tiny_run.arguments(options)]) == 0
     captured = capsys.readouterr()
-    assert "bits/byte, zlib -9" in captured.out
+    assert "bits/byte; zlib -9 needs" in captured.out
     assert f"report: {tmp_path / 'run' / 'report.html'}" in captured.out
     assert (tmp_path / "run" / "sample.txt").read_text(encoding="utf-8").startswith("def ")
     assert {path.name for path in (tmp_path / "run").iterdir()} >= {"config.yaml", "model.json", "tokenizer.json"}
     assert not list((tmp_path / "run").rglob("*tmp*"))
     assert main(["report", str(tmp_path / "run")]) == 0
+
+
+def test_resume_takes_new_options_of_the_optimiser(tiny, tmp_path):
+    run = tmp_path / "run"
+    assert main(["train", *tiny_run.arguments(tiny | {"run_dir": str(run), "train.steps": "1"})]) == 0
+    options = ["--train.steps", "2", "--optim.weight_decay", "0.5", "--optim.eps", "0.001"]
+    assert main(["train", "--resume", str(run), *options]) == 0
+    trainer = json.loads((run / "checkpoints" / "step-00000002" / "trainer.json").read_text())
+    groups = trainer["optimizer"]["param_groups"]
+    assert [(group["weight_decay"], group["eps"]) for group in groups.values()] == [(0.5, 0.001), (0.0, 0.001)]
+
+
+def test_resume_refuses_what_it_would_ignore(tiny, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(["train", *tiny_run.arguments(tiny | {"run_dir": str(run), "train.steps": "1"})]) == 0
+    for arguments in (["--resume", str(run), "--run_dir", "elsewhere"], ["tiny-moe", "--resume", str(run)]):
+        capsys.readouterr()
+        assert main(["train", *arguments]) == 2
+        assert "--resume" in capsys.readouterr().err
+
+
+def test_bench_makes_the_folder_of_its_json(tmp_path):
+    path = tmp_path / "new" / "folder" / "layer.json"
+    shape = ["--shape", "16,8,4,2,8", "--dtype", "fp32", "--rounds", "1"]
+    assert main(["bench", "layer", *shape, "--json", str(path)]) == 0
+    (result,) = json.loads(path.read_text())["results"]
+    assert set(result["seconds"]) == {"dense", "dmoe (torch)", "loop", "grouped_mm", "padded_bmm"}
+
+
+def test_mistyped_option_is_named_before_the_required_one_that_it_replaces(capsys):
+    assert main(["generate", "run", "--promt", "x"]) == 2
+    assert "--promt (did you mean --prompt?)" in capsys.readouterr().err

@@ -71,7 +71,7 @@ def test_agrees_with_fp64_reference(case: str, dtype: torch.dtype) -> None:
 
 def test_bf16_does_not_synchronise_with_the_host() -> None:
     dtype = torch.bfloat16
-    leaves, ids, grad = problem(T=256, D=64, F=32, E=8, K=2)
+    leaves, ids, grad = problem(T=256, D=64, F=32, E=8, K=2, bias=True)
     on_gpu = [leaf.detach().to("cuda", dtype).requires_grad_() for leaf in leaves]
     ids, grad = ids.cuda(), grad.to("cuda", dtype)
     run(on_gpu, ids, grad)
