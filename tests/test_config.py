@@ -137,6 +137,6 @@ def test_choices_and_integers_are_checked_in_python_too(config, field, value):
 
 
 def test_a_sample_needs_a_prompt():
-    with pytest.raises(ConfigError, match="train.sample_prompt"):
+    with pytest.raises(ConfigError, match=r"train\.sample_prompt"):
         TrainConfig(sample_prompt="")
     TrainConfig(sample_prompt="", sample_tokens=0)
