@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import io
 import os
 import sys
 
@@ -32,6 +33,8 @@ def usage() -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run a verb. Returns the exit code: 0, 1 for a failed run, 2 for a wrong request."""
     args = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # generated text may hold what the console cannot show
+        sys.stdout.reconfigure(errors="replace")
     debug = "--debug" in args
     args = [a for a in args if a != "--debug"]
     if not args or args[0] in ("-h", "--help", "help"):

@@ -18,7 +18,7 @@ _DESCRIPTION = """Train a model: dmoe train [PRESET|CONFIG.yaml] [--resume [RUN]
 PRESET names a model; a YAML file holds the same fields as the options below, and options override it.
 --resume continues the newest run, or RUN, from its newest whole checkpoint. With --run_dir it starts anew if there
 is no checkpoint yet, so that one command can be restarted until it is done.
-SIGINT and SIGTERM finish the step, save and exit with 128 + signal."""
+SIGINT, SIGTERM and SIGHUP finish the step, save and exit with 128 + signal."""
 
 
 def main(args: list[str]) -> int:

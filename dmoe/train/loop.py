@@ -103,6 +103,8 @@ def train(config: RunConfig, *, resume: bool = False) -> TrainResult:
     optimizer = build_optimizer(model, config.optim)
     messages: list[str] = []
     progress = _restore(run_dir, model, optimizer, messages) if resume else _Progress()
+    steps = config.train.steps
+    require(progress.step <= steps, "train.steps", steps, f"at least the {progress.step} steps already done")
     apply_options(optimizer, config.optim)
     # After restoring: a configuration that does not fit the checkpoint must not replace the one that does.
     _describe_run(config, data)

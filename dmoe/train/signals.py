@@ -1,4 +1,4 @@
-"""Stopping at the end of a step on SIGINT or SIGTERM."""
+"""Stopping at the end of a step on SIGINT, SIGTERM or, where it exists, SIGHUP (the terminal was closed)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import FrameType
 
 
 class StopRequest:
-    """While entered, the first SIGINT or SIGTERM sets `signum`; a second one acts as usual."""
+    """While entered, the first of these signals sets `signum`; a second one acts as usual."""
 
     def __init__(self) -> None:
         self.signum: int | None = None
@@ -16,8 +16,10 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                self._previous[signum] = signal.signal(signum, self._handle)
+            hang_up = (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()
+            for signum in (signal.SIGINT, signal.SIGTERM, *hang_up):
+                if signal.getsignal(signum) is not signal.SIG_IGN:  # nohup ignores SIGHUP, and means it
+                    self._previous[signum] = signal.signal(signum, self._handle)
         return self
 
     def _handle(self, signum: int, _frame: FrameType | None) -> None:

@@ -270,3 +270,11 @@ def test_bench_makes_the_folder_of_its_json(tmp_path):
 def test_mistyped_option_is_named_before_the_required_one_that_it_replaces(capsys):
     assert main(["generate", "run", "--promt", "x"]) == 2
     assert "--promt (did you mean --prompt?)" in capsys.readouterr().err
+
+
+def test_resume_refuses_fewer_steps_than_are_done(tiny, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(["train", *tiny_run.arguments(tiny | {"run_dir": str(run), "train.steps": "2"})]) == 0
+    capsys.readouterr()
+    assert main(["train", "--resume", str(run), "--train.steps", "1"]) == 2
+    assert "train.steps is 1: must be at least the 2 steps already done" in capsys.readouterr().err
