@@ -11,6 +11,7 @@ from __future__ import annotations
 import enum
 import io
 import pickle
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -118,10 +119,20 @@ class _Writer(dcp.FileSystemWriter):
             raise cause from None
 
 
-def write_tensors(folder: Path, tensors: dict[str, Any]) -> None:
-    """Write nested tensors to `folder`, all ranks together. Raises OSError, or DCP's own exception, on every rank."""
+class _SavePlanner(dcp.DefaultSavePlanner):
+    def __init__(self, data: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        self._data = data
+
+    def lookup_object(self, index: Any) -> Any:
+        return self._data[index.fqn] if index.fqn in self._data else super().lookup_object(index)
+
+
+def write_tensors(folder: Path, tensors: dict[str, Any], data: dict[str, torch.Tensor], group: Any = None) -> None:
+    """Write nested tensors to `folder`, all ranks of `group` together. Content is taken from `data` (this rank's part,
+    by dotted name) where that has it. Raises OSError, or DCP's own exception, on every rank."""
     with _unwrapped(), _quiet():
-        dcp.save(tensors, storage_writer=_Writer(folder))
+        dcp.save(tensors, storage_writer=_Writer(folder), planner=_SavePlanner(data), process_group=group)
 
 
 def read_tensors(folder: Path, metadata: Metadata, tensors: dict[str, Any]) -> None:
@@ -145,11 +156,18 @@ def _unwrapped() -> Iterator[None]:
         raise next((c for c in causes if isinstance(c, OSError)), causes[0]) from wrapped
 
 
+def ignore_single_process_warning() -> None:
+    """One process without a process group is an ordinary run here, which DCP warns of."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield  # catch_warnings changes the filters of all threads
+        return
     with warnings.catch_warnings():
-        # One process without a process group is an ordinary run here.
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        ignore_single_process_warning()
         yield
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from dmoe.checkpoint import manifest, ranks, tree
+from dmoe.checkpoint.parts import Parts, as_parts, model_tensors
+from dmoe.checkpoint.stored_form import stored_form
 from dmoe.errors import ConfigError, RunError
 
 # Its tensors may be absent: there is one set of random states a rank and a device, and a run may resume on others.
@@ -44,27 +45,28 @@ def load_latest(
 
 
 def load_model_weights(
-    run_dir_or_checkpoint: Path, model: nn.Module, *, on_refused: Callable[[str], None] | None = None
+    run_dir_or_checkpoint: Path, model: Parts, *, on_refused: Callable[[str], None] | None = None
 ) -> int:
-    """Verify a checkpoint and load its model section into `model`; returns the step.
+    """Verify a checkpoint and load its model section into `model`, a module or this rank's parts; returns the step.
 
     The path is a checkpoint folder, or a run's folder, whose newest whole checkpoint is taken; damaged ones are
     reported by `on_refused` (default: a warning). Weights are converted to the dtype of `model`, which must not be on
     the meta device. Raises ConfigError if there is no checkpoint or it is of another model, RunError if it is damaged.
     """
-    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
-
     path = Path(run_dir_or_checkpoint)
-    if any(p.is_meta for p in model.parameters()):
+    tensors = model_tensors(as_parts(model))
+    if any(tensor.is_meta for holders in tensors.values() for tensor in holders):
         raise ValueError("the model is on the meta device: materialise it before loading weights")
-    state: dict[str, Any] = {"model": get_model_state_dict(model)}
+    state: dict[str, Any] = {"model": {name: holders[0] for name, holders in tensors.items()}}
     if (path / manifest.MANIFEST).is_file() or (manifest.folder_step(path) is not None and path.is_dir()):
         loaded: tuple[int, dict[str, Any]] | None = _load(path, state, cast=True)
     else:
         loaded = _load_newest(path, state, on_refused or warnings.warn, cast=True)
     if loaded is None:
         raise ConfigError(f"checkpoint is {str(path)!r}: must be a checkpoint folder or a run folder that has one")
-    set_model_state_dict(model, state["model"])
+    for first, *others in tensors.values():
+        for other in others:
+            other.copy_(first)
     return loaded[0]
 
 
@@ -87,7 +89,7 @@ def _load_newest(
 def _load(path: Path, state: dict[str, Any], *, cast: bool) -> tuple[int, dict[str, Any]]:
     from dmoe.checkpoint.dcp_io import read_tensors
 
-    ranks.on_main(lambda: manifest.verify_checkpoint(path))
+    ranks.on_each(lambda: manifest.verify_share(path, ranks.rank(), ranks.size()))
     sections = {key: value for key, value in state.items() if key != "trainer"}
     metadata, values, tensors = _prepare(path, sections, cast)
     read_tensors(path, metadata, tensors)
@@ -110,8 +112,9 @@ def _prepare(path: Path, sections: dict[str, Any], cast: bool) -> tuple[Any, dic
     problem: Exception | None = None
     metadata: Any = None
     values: dict[str, Any] = {}
-    tensors = tree.flatten(tree.split(sections)[0])
+    tensors: dict[str, torch.Tensor] = {}
     try:
+        tensors = tree.flatten(tree.map_tensors(tree.split(sections)[0], stored_form))
         metadata = read_dcp_metadata(path)
         values = manifest.read_values(path)
         saved = metadata.state_dict_metadata

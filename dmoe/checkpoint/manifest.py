@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ VALUES = "trainer.json"
 METADATA = ".metadata"  # DCP's name
 FORMAT = "dmoe-checkpoint"
 FORMAT_VERSION = 1
+
+Entries = dict[str, dict[str, Any]]  # file name -> {"bytes": size, "sha256": hex digest}
 
 # ".old": the same step's earlier copy, moved aside for the instant in which the new one takes its name.
 _FOLDER = re.compile(r"step-(\d{8,})(\.old)?")
@@ -56,12 +60,31 @@ def find_checkpoints(run_dir: Path) -> list[Path]:
     return [p for p in published_folders(run_dir) if (p / MANIFEST).is_file()]
 
 
-def write_manifest(folder: Path, step: int) -> None:
-    """List every file of `folder` in its manifest, and flush files and folder to the disk. Raises OSError."""
-    files: dict[str, dict[str, Any]] = {}
-    for path in sorted(p for p in folder.iterdir() if p.is_file()):
+def describe(paths: Iterable[Path]) -> Entries:
+    """Sizes and checksums of these files, which are also flushed to the disk. Raises OSError."""
+    entries: Entries = {}
+    for path in paths:
         digest, size = _sha256(path, sync=True)
-        files[path.name] = {"bytes": size, "sha256": digest}
+        entries[path.name] = {"bytes": size, "sha256": digest}
+    return entries
+
+
+def write_manifest(folder: Path, step: int, known: Entries) -> None:
+    """List every file of `folder` in its manifest, and flush folder and files to the disk.
+
+    `known` has the entries of files that were described by the ranks that wrote them. Raises OSError, also if one of
+    these is not here with its size: ranks have to share the file system.
+    """
+    for name, entry in known.items():
+        try:
+            size = (folder / name).stat().st_size
+        except FileNotFoundError:
+            size = None
+        if size != entry["bytes"]:
+            reason = f"{name}, written by another rank, is not whole here: all ranks must share the file system"
+            raise OSError(errno.EIO, reason)
+    rest = sorted(p for p in folder.iterdir() if p.is_file() and p.name not in known)
+    files = dict(sorted({**known, **describe(rest)}.items()))
     manifest = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -146,18 +169,25 @@ def verify_checkpoint(path: Path) -> None:
     Raises RunError, in one line, that names the file that is missing, of another size (both sizes), altered (SHA-256)
     or needed without being listed, or the class that `.metadata` would load and must not.
     """
+    verify_share(Path(path), 0, 1)
+
+
+def verify_share(path: Path, index: int, count: int) -> None:
+    """The part of `verify_checkpoint` that process `index` of `count` does: the contents are spread over them."""
     from dmoe.checkpoint.dcp_io import read_dcp_metadata
 
-    path = Path(path)
     manifest = read_manifest(path)
     check_sizes(path, manifest)
-    for name, entry in manifest["files"].items():
+    by_size = sorted(manifest["files"].items(), key=lambda item: -item[1]["bytes"])
+    for name, entry in by_size[index::count]:
         try:
             digest, _ = _sha256(path / name)
         except OSError as error:
             raise RunError(f"{path}: {name} cannot be read: {error.strerror}") from error
         if digest != entry["sha256"]:
             raise RunError(f"{path}: {name} is altered: its SHA-256 is not the one in {MANIFEST}")
+    if index != 0:
+        return
     # Also keeps the reader inside the folder: a listed name has no slash.
     needed = {str(getattr(info, "relative_path", "")) for info in read_dcp_metadata(path).storage_data.values()}
     for name in sorted(needed - manifest["files"].keys()):

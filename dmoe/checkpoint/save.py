@@ -8,7 +8,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from dmoe.checkpoint import manifest, ranks, tree
+from dmoe.checkpoint import manifest, ranks
+from dmoe.checkpoint.staging import Snapshot, live_snapshot
 from dmoe.config import require
 from dmoe.errors import RunError
 
@@ -27,30 +28,43 @@ def save_checkpoint(run_dir: Path, step: int, state: dict[str, Any], *, keep: in
     Raises ConfigError for a bad `keep` or `step`, and RunError, on every rank, if the disk refuses (full, over quota,
     no permission); the temporary folder is then gone and the earlier checkpoints are untouched.
     """
+    check_request(step, keep)
+    snapshot = ranks.on_each(lambda: live_snapshot(state))
+    return write_checkpoint(run_dir, step, snapshot, keep=keep)
+
+
+def check_request(step: int, keep: int) -> None:
+    """Raise ConfigError for a bad `step` or `keep`."""
     require(keep >= 1, "checkpoint.keep", keep, "at least 1")
     require(step >= 0, "step", step, "0 or greater")
-    tensors, values = tree.split(state)
+
+
+def write_checkpoint(run_dir: Path, step: int, snapshot: Snapshot, *, keep: int, group: ranks.Group = None) -> Path:
+    """The second half of `save_checkpoint`; its collectives use `group`."""
     root = manifest.checkpoints_root(run_dir)
     target = root / manifest.folder_name(step)
     try:
-        _write(root, target, step, tensors, values)
+        _write(root, target, step, snapshot, group)
     except OSError as error:
-        intact = ranks.on_main(lambda: _intact(run_dir))
+        intact = ranks.on_main(lambda: _intact(run_dir), group)
         raise RunError(f"cannot write checkpoint {target}: {_reason(error)}; {intact}") from error
     try:
-        ranks.on_main(lambda: _tidy(root, target, keep))
+        ranks.on_main(lambda: _tidy(root, target, keep), group)
     except OSError as error:
         raise RunError(f"checkpoint {target} is whole, but tidying {root} failed: {_reason(error)}") from error
     return target
 
 
-def _write(root: Path, target: Path, step: int, tensors: dict[str, Any], values: dict[str, Any]) -> None:
+def _write(root: Path, target: Path, step: int, snapshot: Snapshot, group: ranks.Group) -> None:
     from dmoe.checkpoint.dcp_io import write_tensors
 
-    temp = ranks.on_main(lambda: _make_temp(root, target.name))
+    temp = ranks.on_main(lambda: _make_temp(root, target.name), group)
     try:
-        write_tensors(temp, tensors)
-        ranks.on_main(lambda: _publish(temp, target, step, values))
+        write_tensors(temp, snapshot.tensors, snapshot.data, group)
+        # Each rank hashes what it wrote: the pages are in its memory, and one process would take world times as long.
+        own = ranks.on_each(lambda: manifest.describe(temp.glob(f"__{ranks.rank()}_*")), group)
+        known = {name: entry for entries in ranks.gather(own, group) for name, entry in entries.items()}
+        ranks.on_main(lambda: _publish(temp, target, step, snapshot.values, known), group)
     except BaseException:  # Ctrl-C too
         if ranks.rank() == 0:
             shutil.rmtree(temp, ignore_errors=True)
@@ -67,9 +81,9 @@ def _make_temp(root: Path, name: str) -> Path:
     return temp
 
 
-def _publish(temp: Path, target: Path, step: int, values: dict[str, Any]) -> None:
+def _publish(temp: Path, target: Path, step: int, values: dict[str, Any], known: manifest.Entries) -> None:
     manifest.write_json(temp / manifest.VALUES, values)
-    manifest.write_manifest(temp, step)
+    manifest.write_manifest(temp, step, known)
     if target.exists():
         # A folder cannot be renamed onto one that has files. The earlier copy keeps a name under which it is found.
         old = target.with_name(target.name + ".old")

@@ -6,7 +6,7 @@ Keeping plain values out of DCP keeps pickles out of the checkpoint: DCP pickles
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -66,6 +66,14 @@ def fill(state: Tree | list[Any], values: Tree, where: str = "") -> None:
             state[index] = tuple(branch) if isinstance(item, tuple) else branch
         elif key in values:
             state[index] = tuple(values[key]) if isinstance(item, tuple) else values[key]
+
+
+def map_tensors(tensors: Tree, function: Callable[[str, torch.Tensor], torch.Tensor], where: str = "") -> Tree:
+    """A tree of the same form with `function(dotted name, tensor)` in place of each tensor."""
+    return {
+        key: map_tensors(item, function, f"{where}{key}.") if isinstance(item, dict) else function(where + key, item)
+        for key, item in tensors.items()
+    }
 
 
 def flatten(tensors: Tree, where: str = "") -> dict[str, torch.Tensor]:

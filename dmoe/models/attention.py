@@ -5,6 +5,8 @@ Legend: B batch, S sequence, N query heads, M key/value heads, H head width, D m
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,16 +24,33 @@ def rotary_tables(positions_S: Tensor, head_dim: int, theta: float) -> tuple[Ten
 def apply_rotary(x_BSNH: Tensor, cos_SH: Tensor, sin_SH: Tensor) -> Tensor:
     """Rotate each pair (i, i + H/2) of every head: the half-split layout of Hugging Face checkpoints."""
     cos, sin = cos_SH.unsqueeze(1), sin_SH.unsqueeze(1)
-    first, second = x_BSNH.float().chunk(2, dim=-1)
+    x = x_BSNH if x_BSNH.dtype == torch.float64 else x_BSNH.float()
+    first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_BSNH.dtype)
 
 
+def causal_attention(q_BSNH: Tensor, k_BSMH: Tensor, v_BSMH: Tensor) -> Tensor:
+    """[B, S, N, H]: each query sees the keys up to its own position; N is a multiple of M."""
+    out_BNSH = F.scaled_dot_product_attention(
+        q_BSNH.transpose(1, 2),
+        k_BSMH.transpose(1, 2),
+        v_BSMH.transpose(1, 2),
+        is_causal=True,
+        enable_gqa=q_BSNH.shape[2] != k_BSMH.shape[2],
+    )
+    return out_BNSH.transpose(1, 2)
+
+
 class Attention(nn.Module):
-    """Self-attention: `q_proj`, `k_proj`, `v_proj`, `o_proj`, and `q_norm`, `k_norm` where the config has them."""
+    """Self-attention: `q_proj`, `k_proj`, `v_proj`, `o_proj`, and `q_norm`, `k_norm` where the config has them.
+
+    `attend` computes it from queries, keys and values; `dmoe.parallel` replaces it where ranks share a sequence.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] = causal_attention
         q_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q_width, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
@@ -59,11 +78,4 @@ class Attention(nn.Module):
         # The norm of an autocast projection comes out in fp32; attention runs in the dtype of the values.
         q_BSNH = apply_rotary(self._heads(self.q_proj(x_BSD), self.q_norm), cos_SH, sin_SH).to(v_BSMH.dtype)
         k_BSMH = apply_rotary(self._heads(self.k_proj(x_BSD), self.k_norm), cos_SH, sin_SH).to(v_BSMH.dtype)
-        out_BNSH = F.scaled_dot_product_attention(
-            q_BSNH.transpose(1, 2),
-            k_BSMH.transpose(1, 2),
-            v_BSMH.transpose(1, 2),
-            is_causal=True,
-            enable_gqa=self.config.num_heads != self.config.num_kv_heads,
-        )
-        return self.o_proj(out_BNSH.transpose(1, 2).flatten(2))
+        return self.o_proj(self.attend(q_BSNH, k_BSMH, v_BSMH).flatten(2))

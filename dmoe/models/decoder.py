@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,19 +35,23 @@ class Decoder(nn.Module):
     """Decoder-only transformer. Parameter names follow Hugging Face's Llama family, without the prefix `model.`.
 
     Build large models with `Decoder.on_meta(config)`, then `to_empty(device=...)` and `init_weights` or a checkpoint.
+
+    `dmoe.parallel` may leave it a part of the model: some layers, not `is_first` (hidden states come in) or not
+    `is_last` (hidden states go out). `positions(n, device)` are the positions of the n tokens that this rank holds.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
+        self.is_first = self.is_last = True
+        self.positions: Callable[[int, torch.device], Tensor] = _all_positions
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         moe_layers = set(config.moe_layers())
         self.layers = nn.ModuleList(DecoderLayer(config, moe=i in moe_layers) for i in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_embeddings:
-            self.lm_head.weight = self.embed_tokens.weight
+        self.tie_weights()
 
     @classmethod
     def on_meta(cls, config: ModelConfig) -> Decoder:
@@ -57,9 +62,13 @@ class Decoder(nn.Module):
     def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> Decoder:
         """Allocate uninitialised weights on `device`. A tied head stays tied."""
         super().to_empty(device=device, recurse=recurse)
-        if self.config.tie_embeddings:
-            self.lm_head.weight = self.embed_tokens.weight
+        self.tie_weights()
         return self
+
+    def tie_weights(self) -> None:
+        """Let head and embedding share one parameter again, if the config ties them."""
+        if self.config.tie_embeddings and self.is_last:
+            self.lm_head.weight = self.embed_tokens.weight
 
     def init_weights(self, seed: int = 0) -> None:
         """Normal weights, output projections scaled by depth; every parameter from a stream of its own."""
@@ -74,20 +83,21 @@ class Decoder(nn.Module):
         seq_len = input_ids_BS.shape[1]
         if seq_len > config.max_seq_len:
             require(False, "sequence length", seq_len, f"at most model.max_seq_len ({config.max_seq_len})")
-        positions_S = torch.arange(seq_len, device=input_ids_BS.device)
+        positions_S = self.positions(seq_len, input_ids_BS.device)
         cos_SH, sin_SH = rotary_tables(positions_S, config.head_dim, config.rope_theta)
-        x_BSD = self.embed_tokens(input_ids_BS)
-        for layer in self.layers:
+        x_BSD = self.embed_tokens(input_ids_BS) if self.is_first else input_ids_BS
+        for layer in self.layers.children():
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x_BSD = checkpoint(layer, x_BSD, cos_SH, sin_SH, use_reentrant=False)
             else:
                 x_BSD = layer(x_BSD, cos_SH, sin_SH)
-        return self.lm_head(self.norm(x_BSD))
+        return self.lm_head(self.norm(x_BSD)) if self.is_last else x_BSD
 
     def loss(self, input_ids_BS: Tensor, targets_BS: Tensor, *, reduction: str = "mean") -> Tensor:
-        """Cross entropy in nats over the targets, computed in fp32."""
-        logits = self(input_ids_BS)
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets_BS.flatten(), reduction=reduction)
+        """Cross entropy in nats over the targets, computed in fp32 (fp64 for fp64 logits)."""
+        logits = self(input_ids_BS).flatten(0, 1)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return F.cross_entropy(logits, targets_BS.flatten(), reduction=reduction)
 
     def num_params(self) -> int:
         """Parameters, a tied head counted once."""
@@ -109,6 +119,10 @@ class Decoder(nn.Module):
         lookup = 0 if config.tie_embeddings else self.embed_tokens.weight.numel()
         attention = 12 * config.num_layers * config.num_heads * config.head_dim * seq_len / 2
         return 6.0 * (self.num_active_params() - lookup) + attention
+
+
+def _all_positions(seq_len: int, device: torch.device) -> Tensor:
+    return torch.arange(seq_len, device=device)
 
 
 def _idle_params(layer: MoE) -> int:

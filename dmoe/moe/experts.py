@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dmoe.config import MoEConfig
+from dmoe.moe.sharded import local, replicated
 from dmoe.ops import expert_mlp
 from dmoe.ops.activations import activate
 
@@ -32,16 +33,22 @@ class Experts(nn.Module):
         self.down_proj = empty(E, D, F)
         self.register_parameter(f"{self._up_name}_bias", empty(E, width) if config.bias else None)
         self.register_parameter("down_bias", empty(E, D) if config.bias else None)
+        # Set when ranks hold parts of each expert's width, whose results are added: one of them adds the bias.
+        self.adds_down_bias: bool | None = None
 
     def forward(self, x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
+        """Of the experts that this rank holds; ids count from its first."""
+        up_bias, down_bias = getattr(self, f"{self._up_name}_bias"), self.down_bias
+        if down_bias is not None:
+            down_bias = local(down_bias) if self.adds_down_bias is None else replicated(down_bias) * self.adds_down_bias
         return expert_mlp(
             x_TD,
             topk_ids_TK,
             topk_weights_TK,
-            getattr(self, f"{self._up_name}_proj"),
-            self.down_proj,
-            getattr(self, f"{self._up_name}_bias"),
-            self.down_bias,
+            local(getattr(self, f"{self._up_name}_proj")),
+            local(self.down_proj),
+            None if up_bias is None else local(up_bias),
+            down_bias,
             activation=self.config.activation,
             backend=self.config.backend,
         )

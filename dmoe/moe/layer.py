@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from dmoe.config import MoEConfig, require
+from dmoe.moe.batch_sums import BatchSums, start_batch_sums
+from dmoe.moe.dispatch import Dispatcher, dispatch_local
 from dmoe.moe.experts import Experts, FeedForward
 from dmoe.moe.init import init_parameters
 from dmoe.moe.losses import attach_loss
 from dmoe.moe.router import Router, Routing
 from dmoe.moe.stats import LayerStats
-from dmoe.ops import count_tokens_per_expert, load_balancing_loss, router_z_loss
+from dmoe.ops import load_balancing_loss, router_z_loss
 
 
 class MoE(nn.Module):
@@ -25,6 +28,10 @@ class MoE(nn.Module):
     main loss's `backward()` includes them, nothing has to be collected. Their gradient is multiplied by
     `aux_loss_scale`, which a caller who accumulates gradients over M micro-batches sets to 1 / M
     (`set_aux_loss_scale`). `dmoe.moe.Recorder` reads their values and the load statistics.
+
+    Two attributes say how the layer is spread over ranks; `dmoe.parallel` sets them. `dispatcher` (`dmoe.moe.dispatch`)
+    takes tokens to the ranks that hold their experts. `batch_group` are the ranks that share one batch: the losses and
+    statistics are those of the whole batch, and each rank's gradient is its share, to be summed over the ranks.
 
     Args:
         config: the layer; `config.hidden_size` must be set.
@@ -54,6 +61,8 @@ class MoE(nn.Module):
             else None
         )
         self.aux_loss_scale = 1.0
+        self.dispatcher: Dispatcher = dispatch_local
+        self.batch_group: dist.ProcessGroup | None = None
         self.stats: LayerStats | None = None
         self.reset_parameters()
 
@@ -68,24 +77,27 @@ class MoE(nn.Module):
             require(False, "MoE input shape", tuple(x.shape), f"[T, {width}] or [B, S, {width}]")
         x_TD = x.reshape(-1, width)
         routing = self.router(x_TD)
-        y_TD = self.experts(x_TD, routing.topk_ids_TK, routing.topk_weights_TK)
-        if self.shared_experts is not None:
-            y_TD = y_TD + self.shared_experts(x_TD)
-        return self._attach_losses(y_TD, routing).view(x.shape)
+        # Before the experts, so that a reduction over ranks runs while they compute.
+        sums = start_batch_sums(routing, self.batch_group) if self._attaches or self.stats is not None else None
+        y_TD = self.dispatcher(x_TD, routing, self.experts, self.shared_experts)
+        if sums is not None:
+            y_TD = self._attach_losses(y_TD, routing, sums)
+        return y_TD.view(x.shape)
 
-    def _attach_losses(self, y_TD: Tensor, routing: Routing) -> Tensor:
+    @property
+    def _attaches(self) -> bool:
         config = self.config
-        attach = self.training and torch.is_grad_enabled() and (config.aux_loss_coef > 0 or config.z_loss_coef > 0)
-        if not attach and self.stats is None:
-            return y_TD
-        tokens_per_expert_E = count_tokens_per_expert(routing.topk_ids_TK, config.num_experts)
-        aux_loss = load_balancing_loss(routing.scores_TE, tokens_per_expert_E, config.top_k)
-        z_loss = router_z_loss(routing.logits_TE)
+        return self.training and torch.is_grad_enabled() and (config.aux_loss_coef > 0 or config.z_loss_coef > 0)
+
+    def _attach_losses(self, y_TD: Tensor, routing: Routing, sums: BatchSums) -> Tensor:
         if self.stats is not None:
-            self.stats.write(tokens_per_expert_E, routing.scores_TE, aux_loss, z_loss)
-        if not attach:
+            self.stats.write(sums)
+        if not self._attaches:
+            sums.wait()
             return y_TD
-        loss = config.aux_loss_coef * aux_loss + config.z_loss_coef * z_loss
+        config, num_tokens = self.config, sums.num_tokens.to(routing.scores_TE.dtype)
+        aux_loss = load_balancing_loss(routing.scores_TE, sums.tokens_per_expert_E, config.top_k, num_tokens)
+        loss = config.aux_loss_coef * aux_loss + config.z_loss_coef * router_z_loss(routing.logits_TE, num_tokens)
         return attach_loss(y_TD, loss, self.aux_loss_scale)
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmoe.config import MoEConfig
+from dmoe.moe.sharded import replicated
 from dmoe.ops import choose_topk, router_scores
 from dmoe.ops.precision import autocast_off
 
@@ -44,7 +45,7 @@ class Router(nn.Module):
         config = self.config
         wide = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
         with autocast_off(x_TD):
-            logits_TE = F.linear(x_TD.to(wide), self.weight.to(wide))
+            logits_TE = F.linear(x_TD.to(wide), replicated(self.weight).to(wide))
             scores_TE = router_scores(logits_TE, config.score_function)
             ids_TK, weights_TK = choose_topk(
                 scores_TE, config.top_k, normalize=config.norm_topk_prob, scaling_factor=config.routed_scaling_factor

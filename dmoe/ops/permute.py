@@ -5,7 +5,7 @@ Legend: T tokens, K picks a token, R = T*K routed rows, E experts, D width.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -64,3 +64,43 @@ def sum_picks(y_RD: Tensor, inverse_TK: Tensor) -> Tensor:
         return y_RD.new_zeros(inverse_TK.shape[0], y_RD.shape[1])
     # embedding_bag reads every row once and writes T rows; gather-then-sum would write R rows in between.
     return F.embedding_bag(inverse_TK, y_RD, mode="sum")
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(x_TD: Tensor, order_R: Tensor, inverse_TK: Tensor) -> Tensor:
+        return x_TD.index_select(0, order_R // inverse_TK.shape[1])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[2])
+
+    @staticmethod
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
+        return sum_picks(grad_RD, ctx.saved_tensors[0]), None, None
+
+
+class _SumRows(torch.autograd.Function):
+    @staticmethod
+    def forward(y_RD: Tensor, order_R: Tensor, inverse_TK: Tensor) -> Tensor:
+        return sum_picks(y_RD, inverse_TK)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        _, order_R, inverse_TK = inputs
+        ctx.save_for_backward(order_R)
+        ctx.top_k = inverse_TK.shape[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, None]:
+        return grad_TD.index_select(0, ctx.saved_tensors[0] // ctx.top_k), None, None
+
+
+def gather_rows(x_TD: Tensor, permutation: Permutation) -> Tensor:
+    """[R, D]: the token of each sorted row. Differentiable; the backward is `sum_rows`, so it is deterministic."""
+    return _GatherRows.apply(x_TD, permutation.order_R, permutation.inverse_TK)
+
+
+def sum_rows(y_RD: Tensor, permutation: Permutation) -> Tensor:
+    """[T, D]: the sum of each token's K rows, as `sum_picks`. Differentiable; the backward is `gather_rows`."""
+    return _SumRows.apply(y_RD, permutation.order_R, permutation.inverse_TK)

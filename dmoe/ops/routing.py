@@ -45,7 +45,9 @@ def count_tokens_per_expert(topk_ids_TK: Tensor, num_experts: int) -> Tensor:
     return chosen_TE.scatter_(1, topk_ids_TK, True).sum(dim=0)
 
 
-def load_balancing_loss(scores_TE: Tensor, tokens_per_expert_E: Tensor, top_k: int) -> Tensor:
+def load_balancing_loss(
+    scores_TE: Tensor, tokens_per_expert_E: Tensor, top_k: int, num_tokens: Tensor | int | None = None
+) -> Tensor:
     """Switch-style auxiliary loss E * sum_e f_e * P_e, without its coefficient.
 
     f_e is the share of the T*K picks that went to expert e (no gradient) and P_e the mean over tokens of the score of
@@ -54,21 +56,43 @@ def load_balancing_loss(scores_TE: Tensor, tokens_per_expert_E: Tensor, top_k: i
     Fedus et al., "Switch Transformers", arXiv:2101.03961, eq. 4-6, with f over K picks as in ST-MoE and Megatron-core.
     Hugging Face's loss does not divide by K, and pools the tokens of all layers: at equal statistics in L layers it is
     K times this one, while ours, added in every layer, comes to L times.
+
+    Args:
+        tokens_per_expert_E: picks of all tokens of the batch.
+        num_tokens: tokens of the batch when `scores_TE` is a part of it, as on one of several ranks. The result is
+            then this part's share: the loss of the batch is the sum over the parts.
     """
-    num_tokens, num_experts = scores_TE.shape
-    probs_TE = scores_TE / scores_TE.sum(dim=-1, keepdim=True).clamp_min(1e-20)
-    # max(T, 1): with no token both factors are sums over nothing and the loss is 0, not 0 / 0.
-    mean_prob_E = probs_TE.sum(dim=0) / max(num_tokens, 1)
-    share_E = tokens_per_expert_E.to(probs_TE.dtype) / max(num_tokens * top_k, 1)
-    return num_experts * (share_E * mean_prob_E).sum()
+    probs_TE = normalized_scores(scores_TE)
+    return balancing_loss_from_sums(probs_TE.sum(dim=0), tokens_per_expert_E, top_k, _count(scores_TE, num_tokens))
 
 
-def router_z_loss(logits_TE: Tensor) -> Tensor:
-    """Mean over tokens of logsumexp(logits)^2, without its coefficient (ST-MoE, arXiv:2202.08906, eq. 5)."""
-    return logits_TE.logsumexp(dim=-1).square().sum() / max(logits_TE.shape[0], 1)
+def balancing_loss_from_sums(
+    prob_sums_E: Tensor, tokens_per_expert_E: Tensor, top_k: int, num_tokens: Tensor | int
+) -> Tensor:
+    """`load_balancing_loss` from the sums over tokens of the normalised scores."""
+    num_experts = prob_sums_E.shape[0]
+    share_E = tokens_per_expert_E.to(prob_sums_E.dtype) / (num_tokens * top_k)
+    return num_experts * (share_E * (prob_sums_E / num_tokens)).sum()
+
+
+def router_z_loss(logits_TE: Tensor, num_tokens: Tensor | int | None = None) -> Tensor:
+    """Mean over tokens of logsumexp(logits)^2, without its coefficient (ST-MoE, arXiv:2202.08906, eq. 5).
+
+    With `num_tokens`, the tokens of the whole batch, it is the share of this part of it.
+    """
+    return logits_TE.logsumexp(dim=-1).square().sum() / _count(logits_TE, num_tokens)
 
 
 def router_entropy(scores_TE: Tensor) -> Tensor:
     """Mean over tokens of the entropy of the normalised scores, in nats; ln E means the router does not choose."""
-    probs_TE = scores_TE / scores_TE.sum(dim=-1, keepdim=True).clamp_min(1e-20)
-    return torch.special.entr(probs_TE).sum() / max(scores_TE.shape[0], 1)
+    return torch.special.entr(normalized_scores(scores_TE)).sum() / _count(scores_TE, None)
+
+
+def normalized_scores(scores_TE: Tensor) -> Tensor:
+    """Scores divided by their sum over the experts."""
+    return scores_TE / scores_TE.sum(dim=-1, keepdim=True).clamp_min(1e-20)
+
+
+def _count(rows: Tensor, num_tokens: Tensor | int | None) -> Tensor | int:
+    # With no token the sums are over nothing and the loss is 0, not 0 / 0.
+    return max(rows.shape[0], 1) if num_tokens is None else num_tokens

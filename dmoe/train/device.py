@@ -33,6 +33,21 @@ def resolve_device(name: str, option: str = "train.device") -> torch.device:
     return device
 
 
+def rank_device(name: str, local_rank: int) -> torch.device:
+    """Device of one of several ranks on this machine: "auto" and "cuda" are the GPU with its number, or the CPU."""
+    device = resolve_device(name)
+    if device.type != "cuda":
+        return device
+    if device.index is not None:
+        raise ConfigError(f'train.device is {name!r} with several ranks: must be "auto", "cpu" or "cuda"')
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise ConfigError(f"LOCAL_RANK is {local_rank}: must be less than the {count} GPUs of this machine")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
 def has_fast_bf16(device: torch.device) -> bool:
     """Whether bf16 matrix products run in hardware there; emulated ones are slower than fp32."""
     if device.type == "cuda":

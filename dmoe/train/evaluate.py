@@ -6,13 +6,9 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
-from dmoe.config import TrainConfig
 from dmoe.data import Dataset, sequential_windows
-from dmoe.models import Decoder
-from dmoe.train.device import autocast
+from dmoe.train.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -27,43 +23,29 @@ class EvalResult:
     """Whether the whole held-out text was read."""
 
 
-@torch.no_grad()
-def evaluate(
-    model: Decoder, data: Dataset, config: TrainConfig, device: torch.device, *, max_batches: int | None = None
-) -> EvalResult:
+def evaluate(engine: Engine, data: Dataset, *, max_batches: int | None = None) -> EvalResult:
     """Read the held-out text in consecutive windows of `train.seq_len`; every token but the first is predicted once.
+
+    Collective: all ranks get the same result.
 
     Args:
         max_batches: stop after that many micro-batches, taken evenly from the whole text; None reads all of it.
     """
-    tokens, token_bytes = data.val.tokens, data.tokenizer.token_bytes()
-    windows = sequential_windows(len(tokens), config.seq_len)
-    batches = [windows[i : i + config.micro_batch_size] for i in range(0, len(windows), config.micro_batch_size)]
+    tokens, token_bytes, train = data.val.tokens, data.tokenizer.token_bytes(), engine.train
+    windows = sequential_windows(len(tokens), train.seq_len)
+    size = train.micro_batch_size
+    batches = [windows[i : i + size] for i in range(0, len(windows), size)]
     whole = max_batches is None or max_batches >= len(batches)
     if not whole:
         assert max_batches is not None
         batches = [batches[i * len(batches) // max_batches] for i in range(max_batches)]
-    was_training = model.training
-    model.eval()
     nats, num_tokens, num_bytes = 0.0, 0, 0
     for batch in batches:
-        inputs, targets = _padded_batch(tokens, batch, config.seq_len)
-        with autocast(config, device):
-            logits = model(torch.from_numpy(inputs).to(device))
-        flat = torch.from_numpy(targets).to(device).flatten()
-        # Padded targets are -1 and cost nothing.
-        nats += F.cross_entropy(logits.flatten(0, 1).float(), flat, ignore_index=-1, reduction="sum").item()
-        real = targets[targets >= 0]
-        num_tokens += real.size
-        num_bytes += int(token_bytes[real].sum())
-    model.train(was_training)
+        # Windows without targets fill the last batch up, for ranks that would have nothing and stages of fixed shape.
+        padded = batch + [(0, 0)] * (size - len(batch)) if engine.mesh is not None else batch
+        starts, lengths = np.array(padded).T
+        nats += engine.evaluate(engine.batch(tokens, starts, lengths)).item()
+        for start, length in batch:
+            num_tokens += length
+            num_bytes += int(token_bytes[tokens[start + 1 : start + length + 1]].sum())
     return EvalResult(nats / num_tokens, nats / math.log(2) / max(num_bytes, 1), whole)
-
-
-def _padded_batch(tokens: np.ndarray, windows: list[tuple[int, int]], seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-    inputs = np.zeros((len(windows), seq_len), dtype=np.int64)
-    targets = np.full((len(windows), seq_len), -1, dtype=np.int64)
-    for row, (start, length) in enumerate(windows):
-        inputs[row, :length] = tokens[start : start + length]
-        targets[row, :length] = tokens[start + 1 : start + length + 1]
-    return inputs, targets

@@ -9,11 +9,13 @@ Files of the first line are written once the run can start, so a refused request
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import shutil
+import signal
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,9 +24,11 @@ from typing import Any
 import torch
 
 from dmoe.checkpoint import (
+    AsyncSaver,
     capture_rng,
     find_checkpoints,
     load_latest,
+    ranks,
     restore_rng,
     restore_training_state,
     save_checkpoint,
@@ -33,14 +37,15 @@ from dmoe.checkpoint import (
 from dmoe.config import RunConfig, config_to_yaml, require
 from dmoe.data import Dataset, WindowSampler, prepare
 from dmoe.errors import ConfigError, RunError
-from dmoe.models import Decoder, count_parameters
-from dmoe.moe import Recorder, set_aux_loss_scale
-from dmoe.train.device import memory_gib, peak_tflops, resolve_device
+from dmoe.models import count_parameters
+from dmoe.train.device import memory_gib, peak_tflops
+from dmoe.train.engine import Engine, build_engine
 from dmoe.train.evaluate import EvalResult, evaluate
-from dmoe.train.metrics import MetricsLogger, load_fields
+from dmoe.train.launch import join_ranks, name_missing_ranks
+from dmoe.train.metrics import MetricsLogger, SilentLogger, load_fields
 from dmoe.train.optim import apply_options, build_optimizer, learning_rate
 from dmoe.train.signals import StopRequest
-from dmoe.train.step import StepResult, micro_batches, training_step
+from dmoe.train.step import StepResult, training_step
 
 
 @dataclass(frozen=True)
@@ -81,44 +86,40 @@ class _Progress:
 def train(config: RunConfig, *, resume: bool = False) -> TrainResult:
     """Train until `train.steps`, or until SIGINT or SIGTERM: then finish the step, save and return.
 
+    Under torchrun, or with torch.distributed initialised, every rank calls it; rank 0 writes the run directory.
+
     Args:
         resume: continue in `config.run_dir` from its newest whole checkpoint, if it has one.
 
     Raises:
-        ConfigError: the configuration does not fit the corpus, the device or the run directory.
+        ConfigError: the configuration does not fit the corpus, the device, the ranks or the run directory.
         RunError: the disk refuses, every checkpoint is damaged, or too many steps in a row were not finite.
     """
-    device = resolve_device(config.train.device)
-    run_dir = _choose_run_dir(config, resume=resume)
-    config = dataclasses.replace(config, run_dir=str(run_dir))
-    data = prepare(config.data)
-    _check_against_data(config, data)
-    if resume:
-        _check_tokenizer(config, data)
+    with join_ranks(config) as (device, mesh):
+        run_dir = ranks.on_main(lambda: _choose_run_dir(config, resume=resume))
+        config = dataclasses.replace(config, run_dir=str(run_dir))
+        data = _prepare(config)
+        _check_against_data(config, data)
+        if resume:
+            _check_tokenizer(config, data)
+        torch.manual_seed(config.train.seed)
+        engine = build_engine(config, device, mesh)
+        optimizer = build_optimizer(engine.parts, config.optim)
+        messages: list[str] = []
+        progress = _restore(run_dir, engine, optimizer, messages) if resume else _Progress()
+        steps = config.train.steps
+        require(progress.step <= steps, "train.steps", steps, f"at least the {progress.step} steps already done")
+        apply_options(optimizer, config.optim)
+        # After restoring: a configuration that does not fit the checkpoint must not replace the one that does.
+        ranks.on_main(lambda: _describe_run(config, data))
 
-    torch.manual_seed(config.train.seed)
-    model = Decoder.on_meta(config.model).to_empty(device=device)
-    model.init_weights(config.train.seed)
-    model.activation_checkpointing = config.train.activation_checkpointing
-    optimizer = build_optimizer(model, config.optim)
-    messages: list[str] = []
-    progress = _restore(run_dir, model, optimizer, messages) if resume else _Progress()
-    steps = config.train.steps
-    require(progress.step <= steps, "train.steps", steps, f"at least the {progress.step} steps already done")
-    apply_options(optimizer, config.optim)
-    # After restoring: a configuration that does not fit the checkpoint must not replace the one that does.
-    _describe_run(config, data)
-    if config.train.compile:
-        for layer in model.layers:
-            layer.compile(fullgraph=True)
-
-    loop = _Loop(config, run_dir, data, model, optimizer, device, progress)
-    with MetricsLogger(run_dir, config.train.steps, progress.step, tensorboard=config.train.tensorboard) as log:
-        log.console.print(_headline(config, model, data, device))
-        for message in messages:
-            log.write({"kind": "event", "step": progress.step, "message": message})
-        with StopRequest() as stop:
-            return loop.run(log, stop)
+        loop = _Loop(config, run_dir, data, engine, optimizer, progress)
+        with _open_log(config, run_dir, progress) as log, loop.saver:
+            log.console.print(_headline(config, data, device))
+            for message in messages:
+                log.write({"kind": "event", "step": progress.step, "message": message})
+            with StopRequest() as stop, name_missing_ranks(progress):
+                return loop.run(log, stop)
 
 
 class _Loop:
@@ -129,25 +130,26 @@ class _Loop:
         config: RunConfig,
         run_dir: Path,
         data: Dataset,
-        model: Decoder,
+        engine: Engine,
         optimizer: torch.optim.AdamW,
-        device: torch.device,
         progress: _Progress,
     ) -> None:
-        self.config, self.run_dir, self.data, self.device = config, run_dir, data, device
-        self.model, self.optimizer, self.progress = model, optimizer, progress
+        self.config, self.run_dir, self.data = config, run_dir, data
+        self.engine, self.optimizer, self.progress = engine, optimizer, progress
         self.sampler = WindowSampler(len(data.train.tokens), config.train.seq_len, config.train.seed)
-        self.recorder = Recorder(model)
         self.window = _Window()
-        self.flops_per_token = model.flops_per_token(config.train.seq_len)
-        self.peak_tflops = peak_tflops(config.train, device)
-        set_aux_loss_scale(model, config.train.micro_batch_size / config.train.batch_size)
+        self.stop_asked = False
+        self.flops_per_token = count_parameters(config.model, config.train.seq_len)["flops_per_token"]
+        self.peak_tflops = peak_tflops(config.train, engine.device) * ranks.size()
+        self.saver: AsyncSaver | contextlib.nullcontext[None] = contextlib.nullcontext()
+        if config.checkpoint.async_save:
+            self.saver = AsyncSaver()
 
     def run(self, log: MetricsLogger, stop: StopRequest) -> TrainResult:
         train, progress = self.config.train, self.progress
         saved_step = progress.step
-        while progress.step < train.steps and stop.signum is None:
-            self.step()
+        while progress.step < train.steps and not self.stop_asked:
+            self.step(stop)
             done = progress.step == train.steps
             log.console.advance(progress.step, self.window.losses[-1] if self.window.losses else float("nan"))
             if progress.step % train.log_every == 0 or done:
@@ -160,27 +162,33 @@ class _Loop:
                 saved_step = progress.step
         if saved_step != progress.step:
             self.save()
+        if isinstance(self.saver, AsyncSaver):
+            self.saver.wait()
         evaluation = None
-        if stop.signum is None:
+        if not self.stop_asked:
             evaluation = self.evaluate()
             self.log_evaluation(log, evaluation)
             if not math.isfinite(evaluation.loss):
                 raise RunError(f"step {progress.step}: the validation loss is {evaluation.loss}: lower optim.lr")
-        if stop.signum is not None:  # also one that came during the evaluation
-            message = f"stopped by signal {stop.signum} after step {progress.step}; saved"
+        # Also one that came during the evaluation, and one that another rank got.
+        stopped_by = stop.signum or (signal.SIGTERM if self.stop_asked else None)
+        if stopped_by is not None:
+            message = f"stopped by signal {int(stopped_by)} after step {progress.step}; saved"
             message += f", continue with --resume {self.run_dir}"
             log.write({"kind": "event", "step": progress.step, "message": message})
-        return TrainResult(self.run_dir, progress.step, stop.signum, evaluation, self.data.zlib_bits_per_byte)
+        return TrainResult(self.run_dir, progress.step, stopped_by, evaluation, self.data.zlib_bits_per_byte)
 
-    def step(self) -> StepResult:
+    def step(self, stop: StopRequest) -> StepResult:
         """One optimiser step, or a skipped one."""
         config, progress = self.config, self.progress
         start = time.perf_counter()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(progress.step, config.train.steps, config.optim)
         starts = self.sampler.window_starts(progress.step, config.train.batch_size)
-        batches = micro_batches(self.data.train.tokens, starts, config, self.device)
-        result = training_step(self.model, self.optimizer, batches, config, self.recorder, self.device)
+        batch = self.engine.batch(self.data.train.tokens, starts)
+        # All ranks must stop after the same step, so a signal counts from the step that begins after it.
+        result = training_step(self.engine, self.optimizer, batch, config.optim, stop=stop.signum is not None)
+        self.stop_asked = result.stop
         progress.step += 1
         if result.finite:
             progress.skipped_in_a_row = 0
@@ -218,17 +226,21 @@ class _Loop:
                 "step_seconds": window.seconds / window.steps,
                 "model_tflops": tflops,
                 "mfu": tflops / self.peak_tflops,
-                "memory_gib": memory_gib(self.device),
+                "memory_gib": self.peak_memory_gib(),
                 "skipped_steps": progress.skipped_steps,
                 "elapsed_seconds": progress.elapsed_seconds,
-                **load_fields(self.recorder.summary()),
+                **load_fields(self.engine.load_summaries()),
             }
         )
-        self.recorder.reset()
+        self.engine.reset_statistics()
         self.window = _Window()
 
+    def peak_memory_gib(self) -> float:
+        """Of the rank that needs most."""
+        return max(ranks.gather(memory_gib(self.engine.device)))
+
     def evaluate(self, max_batches: int | None = None) -> EvalResult:
-        return evaluate(self.model, self.data, self.config.train, self.device, max_batches=max_batches)
+        return evaluate(self.engine, self.data, max_batches=max_batches)
 
     def log_evaluation(self, log: MetricsLogger, result: EvalResult) -> None:
         record = {"kind": "eval", "step": self.progress.step, **dataclasses.asdict(result)}
@@ -236,19 +248,36 @@ class _Loop:
 
     def save(self) -> None:
         """A checkpoint of this step."""
-        state = training_state(self.model, self.optimizer)
+        state = training_state(self.engine.parts, self.optimizer)
         state |= {"rng": capture_rng(), "trainer": dataclasses.asdict(self.progress)}
-        save_checkpoint(self.run_dir, self.progress.step, state, keep=self.config.checkpoint.keep)
+        save = self.saver.save if isinstance(self.saver, AsyncSaver) else save_checkpoint
+        save(self.run_dir, self.progress.step, state, keep=self.config.checkpoint.keep)
 
 
-def _restore(run_dir: Path, model: Decoder, optimizer: torch.optim.Optimizer, messages: list[str]) -> _Progress:
-    state: dict[str, Any] = training_state(model, optimizer) | {"rng": capture_rng()}
+def _prepare(config: RunConfig) -> Dataset:
+    """The corpus as tokens. One rank of each machine does the work, then the others find it done."""
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        ranks.on_each(lambda: prepare(config.data))
+    else:
+        ranks.on_each(lambda: None)
+    return ranks.on_each(lambda: prepare(config.data))
+
+
+def _open_log(config: RunConfig, run_dir: Path, progress: _Progress) -> MetricsLogger | SilentLogger:
+    if ranks.rank() != 0:
+        return SilentLogger()
+    return MetricsLogger(run_dir, config.train.steps, progress.step, tensorboard=config.train.tensorboard)
+
+
+def _restore(run_dir: Path, engine: Engine, optimizer: torch.optim.Optimizer, messages: list[str]) -> _Progress:
+    parts = engine.parts
+    state: dict[str, Any] = training_state(parts, optimizer) | {"rng": capture_rng()}
     loaded = load_latest(run_dir, state, on_refused=messages.append)
     if loaded is None:
         messages.append("no checkpoint yet: starting at step 0")
         return _Progress()
     step, trainer = loaded
-    restore_training_state(model, optimizer, state)
+    restore_training_state(parts, optimizer, state)
     restore_rng(state["rng"])
     messages.append(f"resumed from step {step}")
     return _Progress(**trainer)
@@ -309,11 +338,13 @@ def _write(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _headline(config: RunConfig, model: Decoder, data: Dataset, device: torch.device) -> str:
+def _headline(config: RunConfig, data: Dataset, device: torch.device) -> str:
     moe = config.model.moe
     experts = f", {moe.num_experts} experts, top {moe.top_k}" if config.model.moe_layers() else ""
-    size = f"{model.num_params() / 1e6:,.1f} M parameters, {model.num_active_params() / 1e6:,.1f} M active"
+    counts = count_parameters(config.model, config.train.seq_len)
+    size = f"{counts['num_params'] / 1e6:,.1f} M parameters, {counts['num_active_params'] / 1e6:,.1f} M active"
+    where = str(device) if ranks.size() == 1 else f"{ranks.size()} ranks on {device.type}"
     return (
-        f"{config.preset}: {size}{experts}; {len(data.train.tokens):,} training tokens; {device}; "
+        f"{config.preset}: {size}{experts}; {len(data.train.tokens):,} training tokens; {where}; "
         f"run directory {config.run_dir}"
     )

@@ -81,6 +81,28 @@ class Console:
             self._progress.stop()
 
 
+class SilentLogger:
+    """Stands in for `MetricsLogger` on every rank but the first."""
+
+    def __init__(self) -> None:
+        self.console = self
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Does nothing."""
+
+    def advance(self, step: int, loss: float) -> None:
+        """Does nothing."""
+
+    def print(self, line: str) -> None:
+        """Does nothing."""
+
+    def __enter__(self) -> SilentLogger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
 class MetricsLogger:
     """Sends each record to the three places. Use as a context manager."""
 

@@ -3,26 +3,44 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dmoe.config import OptimConfig
+from dmoe.models import Decoder
+from dmoe.moe.sharded import local
 
 
-def decays(name: str, parameter: torch.Tensor) -> bool:
+def decays(name: str, parameter: Tensor) -> bool:
     """Whether weight decay applies: to matrices and fused expert tensors, the embedding and the head included;
     not to vectors (norms), biases, or `router.weight`, whose rows are per-expert vectors compared with each other."""
     return parameter.dim() >= 2 and not name.endswith("bias") and not name.endswith("router.weight")
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW with two groups, decayed and not. Frozen parameters are in neither."""
-    groups: dict[bool, list[torch.Tensor]] = {True: [], False: []}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            groups[decays(name, parameter)].append(parameter)
-    return torch.optim.AdamW(
+class AdamW(torch.optim.AdamW):
+    """AdamW whose arithmetic runs on each rank's own part of the parameters.
+
+    An update is elementwise, so parts need nothing of each other. DTensors of different meshes cannot go into one fused
+    operator, and their dispatch costs more than the arithmetic.
+    """
+
+    def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
+        has_complex = super()._init_group(group, *lists)
+        for tensors in lists:
+            tensors[:] = [local(t) for t in tensors]
+        return has_complex
+
+
+def build_optimizer(model: nn.Module | list[Decoder], config: OptimConfig) -> AdamW:
+    """AdamW with two groups, decayed and not, over a model or the parts of one. Frozen parameters are in neither."""
+    groups: dict[bool, list[Tensor]] = {True: [], False: []}
+    for part in model if isinstance(model, list) else [model]:
+        for name, parameter in part.named_parameters():
+            if parameter.requires_grad:
+                groups[decays(name, parameter)].append(parameter)
+    return AdamW(
         [
             {"params": groups[True], "weight_decay": config.weight_decay},
             {"params": groups[False], "weight_decay": 0.0},

@@ -1,30 +1,27 @@
-"""One optimiser step: accumulate gradients over micro-batches, clip, update; skip what is not finite."""
+"""One optimiser step: gradients of the whole batch, their norm, clipping, the update; skip what is not finite."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from dmoe.config import RunConfig
-from dmoe.data import gather_windows
-from dmoe.models import Decoder
-from dmoe.moe import Recorder
-from dmoe.train.device import autocast
+from dmoe.config import OptimConfig
+from dmoe.parallel.grad_norm import local_gradients, scale_gradients, squared_norm_share
+from dmoe.train.engine import Batch, Engine
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did."""
+    """What a step did; the same on every rank."""
 
     loss: float
     """Cross entropy in nats per token, without the auxiliary losses."""
     grad_norm: float
     """Global gradient norm before clipping."""
+    stop: bool = False
+    """Whether a rank asked to stop after this step."""
 
     @property
     def finite(self) -> bool:
@@ -32,40 +29,24 @@ class StepResult:
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
-def micro_batches(
-    tokens: np.ndarray, starts: np.ndarray, config: RunConfig, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs and targets [micro_batch_size, seq_len] for the windows at `starts`."""
-    size = config.train.micro_batch_size
-    for i in range(0, len(starts), size):
-        inputs, targets = gather_windows(tokens, starts[i : i + size], config.train.seq_len)
-        yield inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-
-
 def training_step(
-    model: Decoder,
-    optimizer: torch.optim.Optimizer,
-    batches: Iterator[tuple[Tensor, Tensor]],
-    config: RunConfig,
-    recorder: Recorder,
-    device: torch.device,
+    engine: Engine, optimizer: torch.optim.Optimizer, batch: Batch, config: OptimConfig, *, stop: bool = False
 ) -> StepResult:
-    """Forward and backward over `batches`, then the update unless the loss or the gradient norm is not finite.
+    """Forward and backward over `batch`, then the update unless the loss or the gradient norm is not finite.
 
-    The auxiliary losses need `set_aux_loss_scale(model, 1 / number of micro-batches)`, done once by the caller.
+    Args:
+        stop: this rank wants to stop; all ranks learn of it in the result.
     """
-    num_micro_batches = config.train.batch_size // config.train.micro_batch_size
-    total = torch.zeros((), device=device)
-    for inputs, targets in batches:
-        with autocast(config.train, device):
-            loss = model.loss(inputs, targets) / num_micro_batches
-        loss.backward()
-        total += loss.detach()
-        recorder.update()
-    clip = config.optim.clip_norm or math.inf
-    grad_norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], clip)
-    result = StepResult(total.item(), grad_norm.item())
+    loss = engine.forward_backward(batch)
+    gradients = local_gradients(engine.parameters)
+    squared = squared_norm_share(gradients, engine.mesh, skip=engine.second_copy)
+    # One reduction and one wait for the device: loss, norm, and the wish to stop.
+    shares = torch.stack([loss / engine.copies, squared.to(loss.device), torch.full_like(loss, float(stop))])
+    total, squared_norm, num_stops = engine.sum_over_ranks(shares).tolist()
+    result = StepResult(total, math.sqrt(squared_norm), num_stops > 0)
     if result.finite:
+        if config.clip_norm and result.grad_norm > config.clip_norm:
+            scale_gradients(gradients, config.clip_norm / (result.grad_norm + 1e-6))
         optimizer.step()
     optimizer.zero_grad()
     return result

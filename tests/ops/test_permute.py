@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dmoe.ops.permute import pad_groups, sort_by_expert, sum_picks
+from dmoe.ops.permute import gather_rows, pad_groups, sort_by_expert, sum_picks, sum_rows
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
@@ -61,3 +61,39 @@ def test_pad_groups(sizes: list[int]) -> None:
     assert order_R.tolist() == [row for group in want for row in group]
     assert offsets_E.tolist() == np.cumsum(sizes).tolist()
     assert torch.equal(order_R[inverse_TK].flatten(), torch.arange(8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "top_k", "experts"), [(40, 2, 7), (1, 3, 3), (0, 2, 4), (33, 1, 64), (9, 5, 5)])
+def test_gather_rows_and_sum_rows(tokens: int, top_k: int, experts: int, dtype: torch.dtype) -> None:
+    """Values and gradients against indexing in plain torch."""
+    permutation = sort_by_expert(torch.rand(tokens, experts).topk(top_k).indices, experts)
+    x = torch.randn(tokens, 6, dtype=dtype).requires_grad_()
+    rows = gather_rows(x, permutation)
+    assert torch.equal(rows, x[permutation.order_R // top_k])
+    rows_grad = torch.randn_like(rows)
+    rows.backward(rows_grad)
+    want = rows_grad.double()[permutation.inverse_TK].sum(1).to(dtype)
+    torch.testing.assert_close(x.grad, want)
+
+    y = torch.randn(tokens * top_k, 6, dtype=dtype).requires_grad_()
+    total = sum_rows(y, permutation)
+    assert total.dtype == dtype
+    torch.testing.assert_close(total, y.detach().double()[permutation.inverse_TK].sum(1).to(dtype))
+    grad = torch.randn_like(total)
+    total.backward(grad)
+    assert torch.equal(y.grad, grad[permutation.order_R // top_k])
+
+
+def test_sum_rows_undoes_gather_rows() -> None:
+    permutation = sort_by_expert(torch.rand(50, 8).topk(4).indices, 8)
+    x = torch.randn(50, 3)
+    assert torch.equal(sum_rows(gather_rows(x, permutation), permutation), 4 * x)  # doubling twice is exact
+
+
+def test_gather_rows_is_a_gradient_of_sum_rows() -> None:
+    permutation = sort_by_expert(torch.rand(5, 4).topk(2).indices, 4)
+    x = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(10, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda t: gather_rows(t, permutation), x)
+    assert torch.autograd.gradcheck(lambda t: sum_rows(t, permutation), y)

@@ -14,6 +14,7 @@ from dmoe.ops import (
     router_scores,
     router_z_loss,
 )
+from dmoe.ops.routing import balancing_loss_from_sums, normalized_scores
 
 
 def test_load_balancing_loss_at_perfect_balance() -> None:
@@ -138,3 +139,34 @@ def test_counts_against_numpy(tokens: int, top_k: int, experts: int, ids_dtype: 
     counts = count_tokens_per_expert(ids, experts)
     assert counts.dtype == torch.int64
     np.testing.assert_array_equal(counts.numpy(), np.bincount(ids.numpy().ravel(), minlength=experts))
+
+
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("sizes", [[13, 7], [20, 0, 3], [1, 1, 1, 1]])
+def test_losses_of_parts_of_a_batch_add_up(sizes: list[int], score_function: str) -> None:
+    """With the counts and number of tokens of the whole batch, each part's loss and gradient is its share."""
+    whole = (torch.randn(sum(sizes), 5, dtype=torch.float64) * 2).requires_grad_()
+    scores = router_scores(whole, score_function)
+    counts = count_tokens_per_expert(choose_topk(scores, 2, normalize=True)[0], 5)
+    want = load_balancing_loss(scores, counts, 2), router_z_loss(whole)
+    for i, loss in enumerate(want):
+        (want_grad,) = torch.autograd.grad(loss, whole, retain_graph=True)
+        for num_tokens in (sum(sizes), torch.tensor(sum(sizes), dtype=torch.float64)):
+            total, grads = 0.0, []
+            for part in whole.detach().split(sizes):
+                leaf = part.clone().requires_grad_()
+                scores = router_scores(leaf, score_function)
+                losses = load_balancing_loss(scores, counts, 2, num_tokens), router_z_loss(leaf, num_tokens)
+                losses[i].backward()
+                total += losses[i].item()
+                grads.append(leaf.grad)
+            assert total == pytest.approx(loss.item(), rel=1e-12)
+            torch.testing.assert_close(torch.cat(grads), want_grad, rtol=1e-12, atol=1e-14)
+
+
+def test_balancing_loss_from_sums_is_the_loss() -> None:
+    scores = torch.rand(9, 4, dtype=torch.float64)
+    counts = torch.tensor([3, 0, 5, 10])
+    sums = normalized_scores(scores).sum(0)
+    want = load_balancing_loss(scores, counts, 2)
+    assert balancing_loss_from_sums(sums, counts, 2, 9).item() == pytest.approx(want.item(), rel=1e-12)

@@ -13,6 +13,7 @@ from dmoe.cli.options import build_config
 from dmoe.data import prepare
 from dmoe.models import Decoder
 from dmoe.train import evaluate
+from dmoe.train.engine import Engine
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def test_whole_text(setting):
     assert len(range(0, len(tokens) - 1, config.seq_len)) % config.micro_batch_size != 0, "and the last batch"
     nats = nats_by_position(model, tokens, config.seq_len)
     assert len(nats) == len(tokens) - 1
-    result = evaluate(model, data, config, torch.device("cpu"))
+    result = evaluate(Engine([model], config, torch.device("cpu")), data)
     assert result.whole
     assert result.loss == pytest.approx(nats.mean(), rel=1e-5)
     # The bytes are those of the text, but for the first token, which is not predicted.
@@ -67,7 +68,7 @@ def test_part_of_the_text(setting, max_batches):
     positions = np.concatenate([np.arange(len(nats))[b * size : (b + 1) * size] for b in chosen])
     text = "".join(data.tokenizer.decode([int(t)]) for t in tokens[1:][positions])
     assert "\ufffd" not in text, "choose a seq_len that cuts no character in two"
-    result = evaluate(model, data, config, torch.device("cpu"), max_batches=max_batches)
+    result = evaluate(Engine([model], config, torch.device("cpu")), data, max_batches=max_batches)
     assert not result.whole
     assert result.loss == pytest.approx(nats[positions].mean(), rel=1e-5)
     assert result.bits_per_byte == pytest.approx(nats[positions].sum() / math.log(2) / len(text.encode()), rel=1e-5)
@@ -75,15 +76,15 @@ def test_part_of_the_text(setting, max_batches):
 
 def test_more_batches_than_there_are_read_the_whole_text(setting):
     model, data, config = setting
-    whole = evaluate(model, data, config, torch.device("cpu"))
-    assert evaluate(model, data, config, torch.device("cpu"), max_batches=10**6) == whole
+    whole = evaluate(Engine([model], config, torch.device("cpu")), data)
+    assert evaluate(Engine([model], config, torch.device("cpu")), data, max_batches=10**6) == whole
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_leaves_mode_and_gradients_alone(setting, training):
     model, data, config = setting
     model.train(training)
-    evaluate(model, data, config, torch.device("cpu"), max_batches=1)
+    evaluate(Engine([model], config, torch.device("cpu")), data, max_batches=1)
     assert model.training is training
     assert all(p.grad is None for p in model.parameters())
 

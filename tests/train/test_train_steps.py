@@ -16,8 +16,8 @@ from dmoe.cli.options import build_config
 from dmoe.data import WindowSampler, prepare
 from dmoe.errors import RunError
 from dmoe.models import Decoder
-from dmoe.moe import Recorder, set_aux_loss_scale
 from dmoe.train import build_optimizer, train
+from dmoe.train.engine import Batch, Engine
 from dmoe.train.step import training_step
 
 
@@ -35,13 +35,13 @@ def weights(run_dir) -> dict[str, torch.Tensor]:
 
 def nan_at(monkeypatch, *calls: int) -> None:
     """Make the loss of these forward passes (from 0) nan."""
-    original, count = Decoder.loss, itertools.count()
+    original, count = Engine.micro_loss, itertools.count()
 
-    def loss(self, inputs, targets, **kwargs):
-        value = original(self, inputs, targets, **kwargs)
-        return value * math.nan if next(count) in calls else value
+    def loss(self, inputs, targets):
+        value = original(self, inputs, targets)
+        return value * math.nan if torch.is_grad_enabled() and next(count) in calls else value
 
-    monkeypatch.setattr(Decoder, "loss", loss)
+    monkeypatch.setattr(Engine, "micro_loss", loss)
 
 
 class TestNotFinite:
@@ -50,24 +50,24 @@ class TestNotFinite:
         torch.manual_seed(0)
         model = Decoder(config.model)
         model.init_weights(0)
-        optimizer, recorder = build_optimizer(model, config.optim), Recorder(model)
+        optimizer, engine = build_optimizer(model, config.optim), Engine([model], config.train, torch.device("cpu"))
 
-        def batches():
-            yield from ((torch.randint(0, 256, (2, 32)), torch.randint(0, 256, (2, 32))) for _ in range(2))
+        def step():
+            batch = Batch(torch.randint(0, 256, (4, 32)), torch.randint(0, 256, (4, 32)))
+            return training_step(engine, optimizer, batch, config.optim)
 
-        device = torch.device("cpu")
-        assert training_step(model, optimizer, batches(), config, recorder, device).finite
+        assert step().finite
         before = [p.detach().clone() for p in model.parameters()]
         moments = [{k: v.clone() for k, v in optimizer.state[p].items()} for p in model.parameters()]
         handle = poison(model)
-        result = training_step(model, optimizer, batches(), config, recorder, device)
+        result = step()
         handle.remove()
         assert not result.finite
         assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
         for parameter, old in zip(model.parameters(), moments):
             assert all(torch.equal(old[key], value) for key, value in optimizer.state[parameter].items())
         # The gradients of the skipped step are gone, and the next step is an ordinary one.
-        assert training_step(model, optimizer, batches(), config, recorder, device).finite
+        assert step().finite
         assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters()))
 
     def test_loss(self, tiny):
@@ -157,15 +157,14 @@ class TestAccumulation:
         """Two equal micro-batches give the gradient of one, the load-balancing loss included."""
         one = build_config(None, tiny_run.arguments(tiny | {"train.batch_size": "2", "model.moe.aux_loss_coef": "5"}))
         two = build_config(None, tiny_run.arguments(tiny | {"train.batch_size": "4", "model.moe.aux_loss_coef": "5"}))
-        batch = (torch.randint(0, 256, (2, 32)), torch.randint(0, 256, (2, 32)))
+        inputs, targets = torch.randint(0, 256, (2, 2, 32))
         norms = []
         for config, repeats in ((one, 1), (two, 2)):
             model = Decoder(config.model)
             model.init_weights(0)
-            set_aux_loss_scale(model, 1 / repeats)
-            optimizer = build_optimizer(model, config.optim)
-            args = (model, optimizer, iter([batch] * repeats), config, Recorder(model), torch.device("cpu"))
-            norms.append(training_step(*args).grad_norm)
+            engine = Engine([model], config.train, torch.device("cpu"))
+            batch = Batch(inputs.repeat(repeats, 1), targets.repeat(repeats, 1))
+            norms.append(training_step(engine, build_optimizer(model, config.optim), batch, config.optim).grad_norm)
         assert norms[0] == pytest.approx(norms[1], rel=1e-6)
 
 

@@ -1,0 +1,178 @@
+"""Where the experts are, and how tokens get there and back.
+
+A dispatcher is called with the tokens, their routing, the experts of this rank and the shared expert, and returns the
+layer's output. `dmoe.parallel` puts another one into a layer; the layer itself does not change.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from dmoe.config import require
+from dmoe.moe.router import Routing
+from dmoe.ops.all_to_all import exchange_counts
+from dmoe.ops.collectives import all_gather_rows, reduce_scatter_rows
+from dmoe.ops.exchange import PAYLOADS, Exchange, Splits, start_exchange
+from dmoe.ops.permute import gather_rows, sort_by_expert, sum_rows
+from dmoe.ops.precision import autocast_dtype
+
+ExpertFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x_TD, topk_ids_TK, topk_weights_TK) -> y_TD; `Experts` is one."""
+SharedFunction = Callable[[Tensor], Tensor]
+Dispatcher = Callable[[Tensor, Routing, ExpertFunction, "SharedFunction | None"], Tensor]
+
+
+def dispatch_local(x_TD: Tensor, routing: Routing, experts: ExpertFunction, shared: SharedFunction | None) -> Tensor:
+    """Every expert is on this rank."""
+    y_TD = experts(x_TD, routing.topk_ids_TK, routing.topk_weights_TK)
+    return y_TD if shared is None else y_TD + shared(x_TD)
+
+
+class TensorParallelDispatcher:
+    """Every rank of `group` holds a part of each expert's width and has tokens of its own, equally many.
+
+    Tokens are gathered, each rank computes its part of every expert, and the parts are added where the tokens came from.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+
+    def __call__(
+        self, x_TD: Tensor, routing: Routing, experts: ExpertFunction, shared: SharedFunction | None
+    ) -> Tensor:
+        x_TD, experts = _autocast(x_TD, experts)
+        x, ids, weights = (all_gather_rows(t, self.group) for t in (x_TD, *routing[:2]))
+        y_TD = reduce_scatter_rows(experts(x, ids, weights), self.group)
+        return y_TD if shared is None else y_TD + shared(x_TD)
+
+
+class AllToAllDispatcher:
+    """Expert parallelism: rank r of `group` holds experts r * e to (r + 1) * e - 1, e = E / ranks.
+
+    A row travels for each pick, with its weight and nothing else: rows are sorted by expert, so the counts, exchanged
+    before, tell the receiver whose they are. Reading those counts is the one synchronisation with the device. The
+    shared expert is computed while the rows travel. The result of a row does not depend on how the experts are spread,
+    as far as the matrix product does not, and picks are added in the same order: on one rank the numbers are the same.
+
+    Args:
+        num_experts: E, of the whole layer.
+        payload: what is sent; see `dmoe.ops.exchange.start_exchange`.
+        max_rows: 0, or the most rows that a rank takes in at once. When any rank would get more, all work in equally
+            many chunks, each recomputed in the backward, so that a skewed batch takes longer and no more memory.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, num_experts: int, *, payload: str = "same", max_rows: int = 0) -> None:
+        size = group.size()
+        require(num_experts % size == 0, "moe.num_experts", num_experts, f"divisible by the {size} ranks of the group")
+        require(payload in PAYLOADS, "exchange", payload, f"one of {', '.join(PAYLOADS)}")
+        require(
+            max_rows == 0 or max_rows >= size, "max_rows", max_rows, f"0, or at least the {size} ranks of the group"
+        )
+        self.group, self.num_experts, self.payload, self.max_rows = group, num_experts, payload, max_rows
+
+    def __call__(
+        self, x_TD: Tensor, routing: Routing, experts: ExpertFunction, shared: SharedFunction | None
+    ) -> Tensor:
+        x_TD, experts = _autocast(x_TD, experts)
+        permutation = sort_by_expert(routing.topk_ids_TK, self.num_experts)
+        offsets_E = permutation.offsets_E.long()
+        counts_We = torch.diff(offsets_E, prepend=offsets_E.new_zeros(1)).view(self.group.size(), -1)
+        rows_RD = gather_rows(x_TD, permutation)
+        weights_R = routing.topk_weights_TK.flatten().index_select(0, permutation.order_R)
+        if self.max_rows:
+            shared_TD = None if shared is None else shared(x_TD)
+            y_RD = self._in_chunks(rows_RD, weights_R, counts_We, experts)
+        else:
+            received_We = exchange_counts(counts_We, self.group)
+            splits = Splits(*torch.stack([counts_We.sum(1), received_We.sum(1)]).tolist())
+            exchange = start_exchange(rows_RD, weights_R, splits, self.group, payload=self.payload)
+            shared_TD = None if shared is None else shared(x_TD)
+            ids_S = _local_ids(received_We, sum(splits.receive))
+            y_RD = self._compute_and_return(exchange, ids_S, splits, experts)
+        y_TD = sum_rows(y_RD, permutation)
+        return y_TD if shared_TD is None else y_TD + shared_TD
+
+    def _compute_and_return(self, exchange: Exchange, ids_S: Tensor, splits: Splits, experts: ExpertFunction) -> Tensor:
+        x_SD, weights_S = exchange.wait()
+        assert weights_S is not None
+        y_SD = experts(x_SD, ids_S.unsqueeze(1), weights_S.unsqueeze(1))
+        payload = "same" if self.payload == "same" else "bf16"
+        return start_exchange(y_SD, None, splits.reversed(), self.group, payload=payload).wait()[0]
+
+    def _in_chunks(self, rows_RD: Tensor, weights_R: Tensor, counts_We: Tensor, experts: ExpertFunction) -> Tensor:
+        """The exchange in chunks: chunk c of n takes the c-th n-th of the rows that go from one rank to another."""
+        size, rank = self.group.size(), self.group.rank()
+        counts_WWe = all_gather_rows(counts_We.unsqueeze(0), self.group)  # [senders, receivers, local experts]
+        blocks = counts_WWe.sum(2).tolist()
+        num_chunks = _num_chunks(blocks, self.max_rows)
+        sent = _pieces(blocks[rank], num_chunks)
+        received = _pieces([row[rank] for row in blocks], num_chunks)
+        rows, weights = _by_chunk(rows_RD, sent), _by_chunk(weights_R, sent)
+
+        def compute(rows_RD: Tensor, weights_R: Tensor, counts_We: Tensor, chunk: int) -> Tensor:
+            splits = Splits([p[chunk] for p in sent], [p[chunk] for p in received])
+            exchange = start_exchange(rows_RD, weights_R, splits, self.group, payload=self.payload)
+            ids_S = _local_ids(_chunk_counts(counts_We, chunk, num_chunks), sum(splits.receive))
+            return self._compute_and_return(exchange, ids_S, splits, experts)
+
+        results = []
+        for c in range(num_chunks):
+            args = rows[c], weights[c], counts_WWe[:, rank], c
+            if num_chunks > 1 and torch.is_grad_enabled():
+                results.append(checkpoint(compute, *args, use_reentrant=False))
+            else:
+                results.append(compute(*args))
+        by_block = [y.split([p[c] for p in sent]) for c, y in enumerate(results)]
+        return torch.cat([by_block[c][w] for w in range(size) for c in range(num_chunks)])
+
+
+def _autocast(x_TD: Tensor, experts: ExpertFunction) -> tuple[Tensor, ExpertFunction]:
+    """Tokens in the dtype in which they travel. Experts still take them in their own: autocast casts an expert's
+    weights together with its tokens, and only then."""
+    dtype = x_TD.dtype
+    return x_TD.to(autocast_dtype(x_TD)), lambda x_SD, ids, weights: experts(x_SD.to(dtype), ids, weights)
+
+
+def _local_ids(counts_We: Tensor, num_rows: int) -> Tensor:
+    """[S]: the local expert of each received row; counts_We[w, i] rows come from rank w for local expert i."""
+    num_ranks, num_local = counts_We.shape
+    ids_We = torch.arange(num_local, device=counts_We.device).repeat(num_ranks)
+    return ids_We.repeat_interleave(counts_We.flatten(), output_size=num_rows)
+
+
+def _num_chunks(blocks: list[list[int]], max_rows: int) -> int:
+    """The fewest chunks in which no rank takes in more than `max_rows` at once; blocks[s][r] rows go from s to r.
+    In as many chunks as the largest block has rows, a rank takes in at most one row from each."""
+    columns = list(zip(*blocks))
+
+    def fits(num_chunks: int) -> bool:
+        return max(sum(-(-n // num_chunks) for n in column) for column in columns) <= max_rows
+
+    candidates = range(1, max(1, *map(max, columns)) + 1)
+    return candidates[bisect_left(candidates, True, key=fits)]
+
+
+def _pieces(blocks: list[int], num_chunks: int) -> list[list[int]]:
+    """For each block the rows that it has in each chunk."""
+    return [[n * (c + 1) // num_chunks - n * c // num_chunks for c in range(num_chunks)] for n in blocks]
+
+
+def _chunk_counts(counts_We: Tensor, chunk: int, num_chunks: int) -> Tensor:
+    """Of counts_We, the rows that are in one chunk: `_pieces` by expert, without reading them."""
+    ends_We = counts_We.cumsum(1)
+    totals_W1 = ends_We[:, -1:]
+    low, high = totals_W1 * chunk // num_chunks, totals_W1 * (chunk + 1) // num_chunks
+    return (ends_We.minimum(high) - (ends_We - counts_We).maximum(low)).clamp_min(0)
+
+
+def _by_chunk(rows: Tensor, pieces: list[list[int]]) -> list[Tensor]:
+    """The rows of each chunk, from rows in blocks."""
+    parts = rows.split([n for block in pieces for n in block])
+    num_chunks = len(pieces[0])
+    return [torch.cat(parts[c::num_chunks]) for c in range(num_chunks)]

@@ -1,0 +1,27 @@
+"""Expert parallel: each rank of "ep" holds E / ep experts of every MoE layer, and tokens travel to them."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from dmoe.models import Decoder
+from dmoe.moe import moe_layers
+from dmoe.moe.dispatch import AllToAllDispatcher
+from dmoe.parallel.mesh import ParallelMesh
+
+
+def apply_expert_parallel(part: Decoder, mesh: ParallelMesh) -> None:
+    """Tell every MoE layer which ranks share its batch and, with ep > 1, spread its experts. In place."""
+    for layer in moe_layers(part).values():
+        if mesh.batch_group.size() > 1:
+            layer.batch_group = mesh.batch_group
+        if mesh.config.ep == 1:
+            continue
+        axis = mesh.experts["ep"]
+        for name, parameter in layer.experts.named_parameters():
+            spread = distribute_tensor(parameter.detach(), axis, [Shard(0)], src_data_rank=None)
+            setattr(layer.experts, name, nn.Parameter(spread, requires_grad=parameter.requires_grad))
+        layer.dispatcher = AllToAllDispatcher(
+            axis.get_group(), layer.config.num_experts, payload=mesh.config.exchange, max_rows=mesh.config.max_rows
+        )

@@ -1,0 +1,69 @@
+"""Data parallel: FSDP2 over dp_shard x cp, HSDP with dp_replicate; the experts over what expert parallelism leaves.
+
+Losses are divided by the tokens of the whole batch, so gradients are summed over ranks, never averaged: an expert that
+saw tokens of every rank and a norm that saw its own rank's need no different factors.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from dmoe.models import Decoder
+from dmoe.moe import MoE
+from dmoe.parallel.mesh import ParallelMesh
+
+
+def apply_fsdp(part: Decoder, mesh: ParallelMesh, expert_dtype: torch.dtype | None) -> None:
+    """Shard a part in place: each layer, its experts, and the rest are gathered as units.
+
+    Args:
+        expert_dtype: dtype in which experts are gathered, None for their own. Autocast would cast them to it anyway, so
+            gathering fewer bytes changes no number. Other weights are few and are gathered as they are.
+    """
+    reshard = mesh.config.reshard_after_forward
+    dense, experts = mesh.data_axes(mesh.dense), mesh.data_axes(mesh.dense if mesh.config.ep == 1 else mesh.experts)
+    elsewhere = {p for layer in _moe_layers(part) for p in layer.experts.parameters()}
+    if experts is not None:
+        policy = MixedPrecisionPolicy(param_dtype=expert_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for moe in _moe_layers(part):
+            wide = next(moe.experts.parameters()).dtype == torch.float64
+            fully_shard(
+                moe.experts, mesh=experts, reshard_after_forward=reshard,
+                mp_policy=MixedPrecisionPolicy() if wide else policy,
+            )  # fmt: skip
+    if dense is not None:
+        for layer in part.layers.children():
+            fully_shard(layer, mesh=dense, reshard_after_forward=reshard, ignored_params=elsewhere)
+        fully_shard(part, mesh=dense, reshard_after_forward=reshard, ignored_params=elsewhere)
+        _prefetch(part)
+    for module in fsdp_modules(part):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # else it multiplies by 1, in a way that gloo does not know
+
+
+def fsdp_modules(part: nn.Module) -> list[FSDPModule]:
+    """The units of a part."""
+    return [module for module in part.modules() if isinstance(module, FSDPModule)]
+
+
+def sum_over_replicas(part: nn.Module, on: bool) -> None:
+    """Whether the backward passes from now on also sum gradients over dp_replicate; only the last of a step must."""
+    for module in fsdp_modules(part):
+        module.set_requires_all_reduce(on, recurse=False)
+
+
+def _moe_layers(part: Decoder) -> list[MoE]:
+    return [layer.mlp for layer in part.layers.children() if isinstance(layer.mlp, MoE)]
+
+
+def _prefetch(part: Decoder) -> None:
+    """Gather the next layer while one computes. Reading the counts of an exchange on the host would else delay it."""
+    units = [[m for m in (layer, getattr(layer.mlp, "experts", None)) if isinstance(m, FSDPModule)]
+             for layer in part.layers.children()]  # fmt: skip
+    for this, following in pairwise(units):
+        this[0].set_modules_to_forward_prefetch(following)
+        following[0].set_modules_to_backward_prefetch(list(reversed(this)))

@@ -1,0 +1,156 @@
+"""Layouts that must give the numbers of one process, and the run they are compared in.
+
+The run is hard on purpose: the vocabulary divides by nothing, targets are missing unevenly, experts 6 and 7 get no
+token (with ep 4 a rank receives none), the first layer is dense, there are shared experts and two micro-batches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from dmoe.config import ModelConfig, MoEConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
+from dmoe.moe import moe_layers
+from dmoe.moe.sharded import copy_shard
+from dmoe.parallel import build_mesh
+from dmoe.train.engine import Engine, build_engine
+from dmoe.train.optim import build_optimizer
+from dmoe.train.step import training_step
+
+STEPS = 5
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout, and what differs from `BASE`."""
+
+    parallel: dict[str, Any]
+    model: dict[str, Any] = field(default_factory=dict)
+    moe: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
+
+    def config(self, precision: str) -> RunConfig:
+        """Of one process if `parallel` is left out."""
+        base = BASE
+        model = replace(base.model, **self.model, moe=replace(base.model.moe, **self.moe))
+        train = replace(base.train, **self.train, precision=precision)  # type: ignore[arg-type]
+        return replace(base, model=model, train=train, parallel=ParallelConfig(**self.parallel))
+
+    @property
+    def reference(self) -> str:
+        """The single-process run that this one must equal."""
+        return repr((sorted(self.model.items()), sorted(self.moe.items()), sorted(self.train.items())))
+
+
+BASE = RunConfig(
+    model=ModelConfig(
+        vocab_size=67, hidden_size=16, num_layers=5, num_heads=4, num_kv_heads=2, head_dim=8, intermediate_size=24,
+        first_k_dense=1, max_seq_len=64,
+        moe=MoEConfig(intermediate_size=12, num_experts=8, top_k=2, shared_intermediate_size=8, aux_loss_coef=0.1,
+                      z_loss_coef=0.01),
+    ),
+    optim=OptimConfig(lr=2e-3, eps=1e-6, clip_norm=1.0),
+    train=TrainConfig(steps=STEPS, batch_size=8, micro_batch_size=4, seq_len=16, device="cpu", seed=3, sample_tokens=0),
+    data=replace(RunConfig().data, vocab_size=300, tokenizer="bytes"),
+)  # fmt: skip
+FOUR = {"batch_size": 8, "micro_batch_size": 2}
+UNTIED = {"tie_embeddings": False}
+
+CASES: dict[int, dict[str, Case]] = {
+    2: {
+        "dp 2": Case({"dp_replicate": 2}),
+        "fsdp 2": Case({"dp_shard": 2}),
+        "ep 2": Case({"ep": 2}),
+        "ep 2, no FSDP on experts, chunks": Case({"ep": 2, "max_rows": 37}),
+        "ep 2, checkpointing": Case({"ep": 2}, train={"activation_checkpointing": True}),
+        "tp 2": Case({"tp": 2, "sequence_parallel": False}, model=UNTIED),
+        "tp 2 sp": Case({"tp": 2}),
+        "tp 2 sp, whole logits": Case({"tp": 2, "loss_parallel": False}, model={"qk_norm": "full"}),
+        "tp 2 ep 2": Case({"tp": 2, "ep": 2}),
+        "tp 2 ep 2, no sp": Case({"tp": 2, "ep": 2, "sequence_parallel": False}, model=UNTIED),
+        "tp 2, plain experts, biases": Case({"tp": 2}, moe={"gated": False, "bias": True, "activation": "gelu"}),
+        "tp 2, biases": Case({"tp": 2}, moe={"bias": True}),
+        "cp 2": Case({"cp": 2}),
+        "cp 2 ep 2": Case({"cp": 2, "ep": 2}),
+        "pp 2 1f1b": Case({"pp": 2}),
+        "pp 2 gpipe": Case({"pp": 2, "schedule": "gpipe"}, model=UNTIED),
+        "pp 2 interleaved": Case({"pp": 2, "schedule": "interleaved_1f1b"}),
+        "pp 2 looped bfs": Case({"pp": 2, "schedule": "looped_bfs"}),
+        "pp 2 zero bubble": Case({"pp": 2, "schedule": "interleaved_zero_bubble"}),
+        "pp 2 zbv": Case({"pp": 2, "schedule": "zbv"}, train=FOUR),
+        "pp 2 dualpipev": Case({"pp": 2, "schedule": "dualpipev"}, train=FOUR),
+        "pp 2, checkpointing": Case({"pp": 2}, train={"activation_checkpointing": True}),
+    },
+    4: {
+        "hsdp 2x2": Case({"dp_replicate": 2, "dp_shard": 2}),
+        "ep 4": Case({"ep": 4}),
+        "fsdp 2 x ep 2": Case({"dp_shard": 4, "ep": 2}),
+        "dp 2 x ep 2": Case({"dp_replicate": 2, "dp_shard": 2, "ep": 2}),
+        "fsdp 2 x tp 2": Case({"dp_shard": 2, "tp": 2}),
+        "fsdp 2 x tp 2 x ep 4": Case({"dp_shard": 2, "tp": 2, "ep": 4}, model=UNTIED),
+        "fsdp 2 x tp 2 x ep 2": Case({"dp_shard": 2, "tp": 2, "ep": 2, "reshard_after_forward": False}),
+        "fsdp 2 x cp 2 x ep 2": Case({"dp_shard": 2, "cp": 2, "ep": 2}),
+        "tp 2 x cp 2": Case({"tp": 2, "cp": 2}),
+        "pp 2 x fsdp 2": Case({"pp": 2, "dp_shard": 2, "schedule": "interleaved_1f1b"}),
+        "pp 2 x tp 2": Case({"pp": 2, "tp": 2}),
+        "pp 2 x ep 2, zero bubble": Case({"pp": 2, "ep": 2, "schedule": "interleaved_zero_bubble"}),
+    },
+    8: {
+        "pp 2 x fsdp 2 x ep 2": Case({"pp": 2, "dp_shard": 4, "ep": 2}),
+        "dp_replicate 2 x dp_shard 2 x tp 2": Case({"dp_replicate": 2, "dp_shard": 2, "tp": 2}),
+    },
+}  # fmt: skip
+
+
+def run_case(config: RunConfig, *, spread: bool) -> dict[str, Any]:
+    """Train `STEPS` steps; loss, aux loss, z loss and gradient norm of each, and every parameter afterwards."""
+    device = torch.device("cpu")
+    mesh = build_mesh(config.parallel) if spread else None
+    engine = build_engine(config, device, mesh)
+    starve_experts(engine)
+    optimizer = build_optimizer(engine.parts, config.optim)
+    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, 1000).astype(np.uint16)
+    draw = np.random.default_rng(1)
+    metrics = []
+    for _ in range(STEPS):
+        size = config.train.batch_size
+        starts = draw.integers(0, 900, size)
+        lengths = np.where(draw.random(size) < 0.3, 0, draw.integers(0, config.train.seq_len + 1, size))
+        result = training_step(engine, optimizer, engine.batch(tokens, starts, lengths), config.optim)
+        summaries = engine.load_summaries()
+        engine.reset_statistics()
+        counts = [n for s in summaries.values() for n in s.tokens_per_expert]
+        aux, z = ([getattr(s, name) for s in summaries.values()] for name in ("aux_loss", "z_loss"))
+        metrics.append({"loss": result.loss, "grad_norm": result.grad_norm, "aux": aux, "z": z, "counts": counts})
+    evaluation = engine.evaluate(engine.batch(tokens, np.arange(config.train.micro_batch_size)))
+    return {"metrics": metrics, "weights": whole_weights(engine), "evaluation": evaluation.item()}
+
+
+def starve_experts(engine: Engine) -> None:
+    """Router rows in opposite pairs, and two rows of zeros: some logits are positive, so those two are never chosen."""
+    for part in engine.parts:
+        for name, layer in moe_layers(part).items():
+            half = torch.randn(3, layer.config.hidden_size, generator=torch.Generator().manual_seed(len(name)))
+            rows = torch.cat([half, -half, torch.zeros(2, half.shape[1])]).to(layer.router.weight.dtype)
+            with torch.no_grad():
+                weight = layer.router.weight
+                if hasattr(weight, "to_local"):
+                    copy_shard(weight, rows)
+                else:
+                    weight.copy_(rows)
+
+
+def whole_weights(engine: Engine) -> dict[str, torch.Tensor]:
+    """Every parameter of this rank's parts, assembled."""
+    result = {}
+    for part in engine.parts:
+        for module in part.modules():
+            if hasattr(module, "reshard"):
+                module.reshard()
+        for name, parameter in part.named_parameters():
+            value = parameter.detach()
+            result[name] = value.full_tensor() if hasattr(value, "full_tensor") else value.clone()
+    return result

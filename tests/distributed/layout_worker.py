@@ -1,0 +1,60 @@
+"""A rank of the layout tests: every case of one world size, one after the other."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from layout_cases import CASES, run_case
+
+# Of loss, auxiliary losses and gradient norm, relative; and of every updated parameter, absolute.
+TOLERANCE = {"fp32": 1e-5, "fp64": 1e-9}
+
+
+def rank_main(rank: int, world: int, folder: str, only: list[str] | None = None) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", world)
+    # A rank that fails leaves the others waiting: they fail soon too, and its own error is shown.
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=40))
+    references = torch.load(Path(folder) / "references.pt", weights_only=True)
+    failures = []
+    for name, case in CASES[world].items():
+        if only and name not in only:
+            continue
+        for precision, tolerance in TOLERANCE.items():
+            try:
+                got = run_case(case.config(precision), spread=True)
+            except Exception as error:
+                raise RuntimeError(f"{name}, {precision}") from error
+            problems = compare(got, references[precision][case.reference], tolerance)
+            everyone: list[Any] = [None] * world
+            dist.all_gather_object(everyone, problems)
+            failures += [f"{name}, {precision}, rank {r}: {p}" for r, found in enumerate(everyone) for p in found[:3]]
+    if rank == 0:
+        (Path(folder) / "failures").write_text("\n".join(failures))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def compare(got: dict[str, Any], wanted: dict[str, Any], tolerance: float) -> list[str]:
+    """What differs, in words."""
+    problems = []
+    for step, (ours, theirs) in enumerate(zip(got["metrics"], wanted["metrics"])):
+        for key in ("loss", "grad_norm", "aux", "z", "counts"):
+            a, b = torch.tensor(ours[key], dtype=torch.float64), torch.tensor(theirs[key], dtype=torch.float64)
+            error = (a - b).abs().max().item() / b.abs().max().item() if a.shape == b.shape else float("inf")
+            if not error <= (0 if key == "counts" else tolerance):
+                problems.append(f"step {step}: {key} is off by {error:.1e}: {ours[key]} for {theirs[key]}")
+    error = abs(got["evaluation"] - wanted["evaluation"]) / abs(wanted["evaluation"])
+    if not error <= tolerance:
+        problems.append(f"evaluation is off by {error:.1e}")
+    for name, weight in got["weights"].items():
+        difference = (weight - wanted["weights"][name]).abs().max().item()
+        # Adam divides by the size of a gradient, so a rounding of a tiny one moves its weight by up to the step.
+        if not difference <= (tolerance if weight.dtype == torch.float64 else 2e-3):
+            problems.append(f"{name} is off by {difference:.1e}")
+    return problems

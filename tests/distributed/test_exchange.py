@@ -1,0 +1,16 @@
+"""Exchange of rows and weights on real gloo ranks against a single process; the cases are in exchange_worker.py."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch.multiprocessing
+
+sys.path.insert(0, str(Path(__file__).parent))
+import exchange_worker
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_exchange(world: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    torch.multiprocessing.spawn(exchange_worker.rank_main, (world, str(tmp_path / "store")), nprocs=world)

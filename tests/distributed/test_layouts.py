@@ -1,0 +1,46 @@
+"""Every layout trains with the numbers of one process; the cases are in layout_cases.py."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing
+
+sys.path.insert(0, str(Path(__file__).parent))
+import layout_cases
+import layout_worker
+
+
+@pytest.fixture(scope="module")
+def references() -> dict[str, dict[str, Any]]:
+    """The run of one process for every variant of the model, in both precisions."""
+    torch.set_num_threads(1)
+    variants = {case.reference: case for cases in layout_cases.CASES.values() for case in cases.values()}
+    return {
+        precision: {
+            key: layout_cases.run_case(case.config(precision), spread=False) for key, case in variants.items()
+        }
+        for precision in ("fp32", "fp64")
+    }
+
+
+def test_the_run_is_hard(references: dict[str, dict[str, Any]]) -> None:
+    case = layout_cases.CASES[2]["fsdp 2"]
+    first = references["fp64"][case.reference]["metrics"][0]
+    per_layer = torch.tensor(first["counts"]).view(4, 8)
+    assert (per_layer[:, 6:] == 0).all(), "experts without tokens"
+    assert (per_layer[:, :6].amax(1) > 1.5 * per_layer[:, :6].amin(1)).any(), "skew"
+    assert first["grad_norm"] > 1, "clipping"
+
+
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_layouts(
+    world: int, references: dict[str, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    torch.save(references, tmp_path / "references.pt")
+    torch.multiprocessing.spawn(layout_worker.rank_main, (world, str(tmp_path)), nprocs=world)
+    failures = (tmp_path / "failures").read_text()
+    assert not failures, failures
