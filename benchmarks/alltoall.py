@@ -3,11 +3,11 @@
     python benchmarks/alltoall.py --ranks 2                   # starts the ranks itself, over loopback
     torchrun --nproc-per-node 8 benchmarks/alltoall.py        # NCCL where there is a GPU for each rank, else gloo
 
-Prints two tables: the bandwidth of `all_to_all` over message sizes, and the time of a layer's forward and backward, with
-its tokens spread evenly over the experts or crowded on those of the last rank, for each payload. There, "exchange" is the
+Prints two tables: the bandwidth of `all_to_all` over message sizes, and the time of a layer's forward and backward, its
+tokens spread evenly over the experts or crowded on those of the last rank, for each payload. There, "exchange" is the
 share of the step spent in the exchange when each message is waited for at once, and "hidden" the part of that time
-which the step no longer spends when the shared expert is computed meanwhile. With gloo it is the time that the rank was
-not kept waiting; a GPU's host does not wait, so there it is the difference between the steps. `--json FILE` writes both.
+which the step no longer spends when the shared expert is computed meanwhile: with gloo, by how much less a rank is kept
+waiting; with NCCL, whose host does not wait, the difference between the steps. `--json FILE` writes both.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def time_messages(sizes: tuple[int, ...], rounds: int, device: torch.device) -> 
     for size in sizes:
         rows = torch.zeros(max(1, size // 1024 // world) * world, 512, dtype=torch.bfloat16, device=device)
         counts = [rows.shape[0] // world] * world
-        run = lambda rows=rows, counts=counts: all_to_all(rows, counts, counts, dist.group.WORLD)  # noqa: E731
+        run = partial(all_to_all, rows, counts, counts, dist.group.WORLD)
         took = statistics.median([seconds(run, device) for _ in range(rounds + 2)][2:])
         sent = rows.nbytes * (world - 1) / world
         results.append({"bytes": rows.nbytes, "seconds": took, "bytes_per_second": sent / took})
@@ -131,7 +132,7 @@ class Clock:
 
     def __enter__(self) -> Clock:
         self.saved = exchange_module._send, exchange_module._received
-        exchange_module._send, exchange_module._received = map(self._timed, self.saved)  # type: ignore[assignment]
+        exchange_module._send, exchange_module._received = (self._timed(function) for function in self.saved)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -166,8 +167,8 @@ def time_layer(args: argparse.Namespace, device: torch.device) -> list[dict[str,
         for kind in order.sample(kinds, len(kinds)):
             routing, payload, cls = kind
             dispatcher = cls(group, args.num_experts, payload=payload)
-            took = seconds(lambda r=routing, d=dispatcher: layers[r].step(d), device)
-            spent = seconds_inside(lambda r=routing, d=dispatcher: layers[r].step(d), device)
+            step = partial(layers[routing].step, dispatcher)
+            took, spent = seconds(step, device), seconds_inside(step, device)
             if round_number:
                 times[kind].append(took)
                 inside[kind].append(spent)
@@ -213,7 +214,9 @@ def report(summary: dict[str, Any]) -> None:
     for r in summary["messages"]:
         print(f"{r['bytes'] / 1024:>12.0f} KiB{r['seconds'] * 1e3:>9.3f} ms{r['bytes_per_second'] / 1e9:>9.3f} GB/s")
     print(f"\n{summary['layer']}\n")
-    print(f"{'routing':10}{'payload':>8}{'most rows':>11}{'no overlap':>13}{'exchange':>10}{'overlap':>11}{'hidden':>9}")
+    print(
+        f"{'routing':10}{'payload':>8}{'most rows':>11}{'no overlap':>13}{'exchange':>10}{'overlap':>11}{'hidden':>9}"
+    )
     for r in summary["steps"]:
         print(
             f"{r['routing']:10}{r['payload']:>8}{r['most_rows']:>11}{r['seconds_waiting'] * 1e3:>10.2f} ms"

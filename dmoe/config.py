@@ -20,6 +20,7 @@ Schedule = Literal[
 ]  # fmt: skip
 SINGLE_STAGE_SCHEDULES = ("gpipe", "1f1b")
 V_SCHEDULES = ("zbv", "dualpipev")
+SPLIT_BACKWARD_SCHEDULES = ("interleaved_zero_bubble", "zbv", "dualpipev")
 
 
 def require(ok: bool, name: str, value: Any, wanted: str) -> None:
@@ -302,7 +303,8 @@ class ParallelConfig:
     loss_parallel: bool = True
     """With tp: never assemble the logits of the whole vocabulary on a rank."""
     reshard_after_forward: bool = True
-    """With FSDP: free a layer's gathered weights after its forward and gather them again for the backward."""
+    """With FSDP: free a layer's gathered weights after its forward and gather them again for the backward. Pipeline
+    schedules that split the backward keep them."""
     schedule: Schedule = "1f1b"
     """Pipeline schedule. Several stages a rank: interleaved_1f1b, looped_bfs, interleaved_zero_bubble; two in the shape
     of a V: zbv, dualpipev."""

@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     except DmoeError as error:
         if debug:
             raise
-        return _fail(str(error), error.exit_code)
+        return _failed(error, error.exit_code)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except BrokenPipeError:  # the reader of a pipe, such as head, went away
@@ -70,7 +70,21 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
-        return _fail(f"{type(error).__name__}: {error} (--debug shows where)", 1)
+        return _failed(error, 1)
+
+
+def _failed(error: Exception, code: int) -> int:
+    """Print one line about the error; of several ranks one does."""
+    from dmoe.errors import DmoeError
+
+    message: str | None = str(error) if isinstance(error, DmoeError) else f"{type(error).__name__}: {error}"
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        from dmoe.train.failures import line_to_print
+
+        message = line_to_print(error)
+    if message is None:
+        return code
+    return _fail(message if isinstance(error, DmoeError) else f"{message} (--debug shows where)", code)
 
 
 def _fail(message: str, code: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,11 +40,16 @@ def main(args: list[str]) -> int:
 
 
 def _finish(result: TrainResult) -> None:
-    """Print a sample and the comparison with zlib, and write the report."""
+    """On rank 0: print a sample and the comparison with zlib, and write the report."""
     from dmoe.observe.report import write_report
+    from dmoe.train.failures import launched_rank, launched_world_size
 
+    if launched_rank() != 0:
+        return
     config = apply_overrides(RunConfig(), read_yaml(result.run_dir / "config.yaml"))
-    if config.train.sample_tokens:
+    if config.train.sample_tokens and launched_world_size() > 1:
+        print(f"a sample: dmoe generate {result.run_dir} --prompt {shlex.quote(config.train.sample_prompt)}")
+    elif config.train.sample_tokens:
         print(f"\nA sample, continuing {config.train.sample_prompt!r}:\n{_sample(result.run_dir, config)}\n")
     if result.evaluation is not None:
         ours, zlib = result.evaluation.bits_per_byte, result.zlib_bits_per_byte

@@ -37,7 +37,7 @@ def dispatch_local(x_TD: Tensor, routing: Routing, experts: ExpertFunction, shar
 class TensorParallelDispatcher:
     """Every rank of `group` holds a part of each expert's width and has tokens of its own, equally many.
 
-    Tokens are gathered, each rank computes its part of every expert, and the parts are added where the tokens came from.
+    Tokens are gathered, each rank computes its part of every expert, and the parts are added where tokens came from.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -46,7 +46,7 @@ class TensorParallelDispatcher:
     def __call__(
         self, x_TD: Tensor, routing: Routing, experts: ExpertFunction, shared: SharedFunction | None
     ) -> Tensor:
-        x_TD, experts = _autocast(x_TD, experts)
+        x_TD = x_TD.to(autocast_dtype(x_TD))  # to travel as what the experts compute with
         x, ids, weights = (all_gather_rows(t, self.group) for t in (x_TD, *routing[:2]))
         y_TD = reduce_scatter_rows(experts(x, ids, weights), self.group)
         return y_TD if shared is None else y_TD + shared(x_TD)
@@ -57,14 +57,15 @@ class AllToAllDispatcher:
 
     A row travels for each pick, with its weight and nothing else: rows are sorted by expert, so the counts, exchanged
     before, tell the receiver whose they are. Reading those counts is the one synchronisation with the device. The
-    shared expert is computed while the rows travel. The result of a row does not depend on how the experts are spread,
-    as far as the matrix product does not, and picks are added in the same order: on one rank the numbers are the same.
+    shared expert is computed while the rows travel. An expert gets the rows of all ranks in the order in which one
+    process would have them, and picks are added in the same order, so that the numbers are those of one rank.
 
     Args:
         num_experts: E, of the whole layer.
         payload: what is sent; see `dmoe.ops.exchange.start_exchange`.
         max_rows: 0, or the most rows that a rank takes in at once. When any rank would get more, all work in equally
-            many chunks, each recomputed in the backward, so that a skewed batch takes longer and no more memory.
+            many chunks, each sent again and recomputed in the backward, so that a skewed batch takes longer and no more
+            memory. A matrix product may round a row otherwise in a chunk; nothing else does. Not inside the compiler.
     """
 
     def __init__(self, group: dist.ProcessGroup, num_experts: int, *, payload: str = "same", max_rows: int = 0) -> None:
@@ -79,7 +80,7 @@ class AllToAllDispatcher:
     def __call__(
         self, x_TD: Tensor, routing: Routing, experts: ExpertFunction, shared: SharedFunction | None
     ) -> Tensor:
-        x_TD, experts = _autocast(x_TD, experts)
+        x_TD = x_TD.to(autocast_dtype(x_TD))  # to travel as what the experts compute with
         permutation = sort_by_expert(routing.topk_ids_TK, self.num_experts)
         offsets_E = permutation.offsets_E.long()
         counts_We = torch.diff(offsets_E, prepend=offsets_E.new_zeros(1)).view(self.group.size(), -1)
@@ -130,13 +131,6 @@ class AllToAllDispatcher:
                 results.append(compute(*args))
         by_block = [y.split([p[c] for p in sent]) for c, y in enumerate(results)]
         return torch.cat([by_block[c][w] for w in range(size) for c in range(num_chunks)])
-
-
-def _autocast(x_TD: Tensor, experts: ExpertFunction) -> tuple[Tensor, ExpertFunction]:
-    """Tokens in the dtype in which they travel. Experts still take them in their own: autocast casts an expert's
-    weights together with its tokens, and only then."""
-    dtype = x_TD.dtype
-    return x_TD.to(autocast_dtype(x_TD)), lambda x_SD, ids, weights: experts(x_SD.to(dtype), ids, weights)
 
 
 def _local_ids(counts_We: Tensor, num_rows: int) -> Tensor:

@@ -78,10 +78,15 @@ class MoE(nn.Module):
         x_TD = x.reshape(-1, width)
         routing = self.router(x_TD)
         # Before the experts, so that a reduction over ranks runs while they compute.
-        sums = start_batch_sums(routing, self.batch_group) if self._attaches or self.stats is not None else None
+        sums = start_batch_sums(routing, self.batch_group) if self._attaches else None
         y_TD = self.dispatcher(x_TD, routing, self.experts, self.shared_experts)
         if sums is not None:
             y_TD = self._attach_losses(y_TD, routing, sums)
+        elif self.stats is not None:
+            # Not earlier: a recomputed forward may end before it waits for what nothing in the graph needs.
+            sums = start_batch_sums(routing, self.batch_group)
+        if sums is not None and self.stats is not None:
+            self.stats.write(sums)
         return y_TD.view(x.shape)
 
     @property
@@ -90,11 +95,6 @@ class MoE(nn.Module):
         return self.training and torch.is_grad_enabled() and (config.aux_loss_coef > 0 or config.z_loss_coef > 0)
 
     def _attach_losses(self, y_TD: Tensor, routing: Routing, sums: BatchSums) -> Tensor:
-        if self.stats is not None:
-            self.stats.write(sums)
-        if not self._attaches:
-            sums.wait()
-            return y_TD
         config, num_tokens = self.config, sums.num_tokens.to(routing.scores_TE.dtype)
         aux_loss = load_balancing_loss(routing.scores_TE, sums.tokens_per_expert_E, config.top_k, num_tokens)
         loss = config.aux_loss_coef * aux_loss + config.z_loss_coef * router_z_loss(routing.logits_TE, num_tokens)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 
-def local(parameter: Tensor) -> Tensor:
+def local(parameter: Any) -> Tensor:
     """This rank's shard of a parameter; a plain tensor is its own shard."""
     return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 
-def replicated(parameter: Tensor) -> Tensor:
+def replicated(parameter: Any) -> Tensor:
     """A parameter that ranks hold in full and apply to tokens of their own, so that its gradient is their sum."""
     if not hasattr(parameter, "to_local"):
         return parameter
@@ -19,7 +21,7 @@ def replicated(parameter: Tensor) -> Tensor:
     return parameter.to_local(grad_placements=[Partial()] * parameter.device_mesh.ndim)
 
 
-def copy_shard(parameter: Tensor, whole: Tensor) -> None:
+def copy_shard(parameter: Any, whole: Tensor) -> None:
     """Copy this rank's shard of `whole` into a DTensor parameter, without communication."""
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset

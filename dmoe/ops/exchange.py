@@ -1,7 +1,7 @@
 """Rows and their routing weights to other ranks, in one message a direction, while the caller computes something else.
 
-`start_exchange` sends, `Exchange.wait` receives. Between them the forward pass is free, and so is the backward pass: there
-`wait` sends the gradients and `start_exchange` receives them.
+`start_exchange` sends, `Exchange.wait` receives. Between them the forward pass is free, and so is the backward pass:
+there `wait` sends the gradients and `start_exchange` receives them.
 
 Legend: R rows here, S rows after the exchange, C row width.
 """
@@ -94,7 +94,8 @@ def start_exchange(
     require(payload in PAYLOADS, "payload", payload, f"one of {', '.join(PAYLOADS)}")
     dtype = None if weights_R is None else weights_R.dtype
     format = _Format(splits, group.group_name, payload, rows_RC.shape[1], rows_RC.dtype, dtype)
-    return Exchange(*_Start.apply(rows_RC, weights_R, format), format)
+    ticket, buffer = _Start.apply(rows_RC, weights_R, format)
+    return Exchange(ticket, buffer, format)
 
 
 class _Start(torch.autograd.Function):

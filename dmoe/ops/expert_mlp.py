@@ -8,7 +8,7 @@ from torch import Tensor
 from dmoe.errors import ConfigError
 from dmoe.ops.activations import ACTIVATIONS
 from dmoe.ops.grouped import expert_mlp_grouped
-from dmoe.ops.precision import autocast_dtype, autocast_off
+from dmoe.ops.precision import autocast_dtype, autocast_off, in_autocast
 from dmoe.ops.reference import expert_mlp_reference
 
 BACKENDS = {"reference": expert_mlp_reference, "torch": expert_mlp_grouped}
@@ -108,8 +108,8 @@ def expert_mlp(
     Raises:
         ConfigError: a shape or dtype does not fit, or the activation or backend is unknown; names the argument.
     """
-    dtype = autocast_dtype(x_TD)
-    if dtype != x_TD.dtype:
+    if in_autocast(x_TD):  # a tensor that has the dtype already stays as it is
+        dtype = autocast_dtype(x_TD)
         x_TD, gate_up_proj, down_proj = (t.to(dtype) for t in (x_TD, gate_up_proj, down_proj))
         gate_up_bias = None if gate_up_bias is None else gate_up_bias.to(dtype)
         down_bias = None if down_bias is None else down_bias.to(dtype)

@@ -11,10 +11,13 @@ from torch import Tensor
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which matrix products of `x` run: the autocast dtype where that is on, fp64 excepted."""
+    return torch.get_autocast_dtype(x.device.type) if in_autocast(x) else x.dtype
+
+
+def in_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for `x`: on its device, and fp64 excepted."""
     device = x.device.type
-    if x.dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
-        return x.dtype
-    return torch.get_autocast_dtype(device)
+    return x.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device)
 
 
 def autocast_off(x: Tensor) -> AbstractContextManager[object]:

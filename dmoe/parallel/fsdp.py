@@ -6,12 +6,14 @@ saw tokens of every rank and a norm that saw its own rank's need no different fa
 
 from __future__ import annotations
 
+import warnings
 from itertools import pairwise
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from dmoe.config import SPLIT_BACKWARD_SCHEDULES
 from dmoe.models import Decoder
 from dmoe.moe import MoE
 from dmoe.parallel.mesh import ParallelMesh
@@ -24,7 +26,11 @@ def apply_fsdp(part: Decoder, mesh: ParallelMesh, expert_dtype: torch.dtype | No
         expert_dtype: dtype in which experts are gathered, None for their own. Autocast would cast them to it anyway, so
             gathering fewer bytes changes no number. Other weights are few and are gathered as they are.
     """
-    reshard = mesh.config.reshard_after_forward
+    # A split backward looks for the weights that the forward used: freed ones would lose their gradients.
+    split = mesh.config.pp > 1 and mesh.config.schedule in SPLIT_BACKWARD_SCHEDULES
+    reshard = mesh.config.reshard_after_forward and not split
+    # It warns of outputs that are views, which an operation in place would harm; nothing here works in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     dense, experts = mesh.data_axes(mesh.dense), mesh.data_axes(mesh.dense if mesh.config.ep == 1 else mesh.experts)
     elsewhere = {p for layer in _moe_layers(part) for p in layer.experts.parameters()}
     if experts is not None:

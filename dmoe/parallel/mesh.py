@@ -14,7 +14,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from dmoe.config import ModelConfig, ParallelConfig, TrainConfig, require
+from dmoe.config import SPLIT_BACKWARD_SCHEDULES, ModelConfig, ParallelConfig, TrainConfig, require
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,10 @@ def check_model(config: ParallelConfig, model: ModelConfig, train: TrainConfig) 
             divides("tp", config.tp, "model.moe.intermediate_size", model.moe.intermediate_size)
     else:
         require(config.ep == 1, "parallel.ep", config.ep, "1 for a model without experts")
+    require(
+        not (train.compile and config.max_rows), "parallel.max_rows", config.max_rows,
+        "0 with train.compile: the number of chunks depends on the data",
+    )  # fmt: skip
     stages = config.pp * config.num_local_stages if config.pp > 1 else 1
     require(
         stages <= model.num_layers, "model.num_layers", model.num_layers,
@@ -144,7 +148,7 @@ def check_schedule(config: ParallelConfig, train: TrainConfig) -> None:
     if config.schedule == "dualpipev":
         least = 2 * config.pp
         require(micro_batches >= least, name, micro_batches, f"at least twice parallel.pp ({least}) with {kind}")
-    if config.schedule in ("interleaved_zero_bubble", "zbv", "dualpipev"):
+    if config.schedule in SPLIT_BACKWARD_SCHEDULES:
         require(
             not train.activation_checkpointing, "train.activation_checkpointing", True,
             f"False with {kind}, which splits a backward that recomputation needs whole",

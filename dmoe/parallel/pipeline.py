@@ -12,6 +12,7 @@ from torch.distributed.pipelining.schedules import get_schedule_class
 
 from dmoe.config import V_SCHEDULES, ModelConfig, ParallelConfig, TrainConfig
 from dmoe.models import Decoder
+from dmoe.parallel.grad_norm import local_gradients
 from dmoe.parallel.loss import LossFunction
 from dmoe.parallel.mesh import ParallelMesh
 
@@ -149,7 +150,7 @@ class Pipeline:
     def _sum_tied_gradients(self) -> None:
         """The embedding is in the first stage and, as the head, in the last: both take the sum of their gradients."""
         ends = [p.embed_tokens.weight for p in self._parts if p.is_first or p.is_last]
-        gradients = [w.grad.to_local() if hasattr(w.grad, "to_local") else w.grad for w in ends if w.grad is not None]
+        gradients = [gradient for _, gradient in local_gradients(ends)]
         if len(gradients) == 2:  # the ends of a V
             total = gradients[0] + gradients[1]
             for gradient in gradients:

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
-from dmoe.config import RunConfig
-from dmoe.errors import RunError
+from dmoe.config import ParallelConfig, RunConfig
+from dmoe.errors import DmoeError, RunError
 from dmoe.parallel import ParallelMesh, build_mesh, check_model, init_process_group, resolve
+from dmoe.train import failures, meeting
 from dmoe.train.device import rank_device, resolve_device
-
-# What a rank waits for the others to write how far they got: one that is alive fails at the same collective.
-_GRACE_SECONDS = 3.0
 
 
 class HasStep(Protocol):
@@ -33,32 +31,69 @@ def join_ranks(config: RunConfig) -> Iterator[tuple[torch.device, ParallelMesh |
     Joins the process group that torchrun describes, and leaves it afterwards; one that exists is used and left alone.
     """
     joined = dist.is_initialized()
-    world_size = dist.get_world_size() if joined else int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = dist.get_world_size() if joined else failures.launched_world_size()
     layout = resolve(config.parallel, world_size)
     if not joined and world_size == 1:
         yield resolve_device(config.train.device), None
         return
     check_model(layout, config.model, config.train)
     device = rank_device(config.train.device, int(os.environ.get("LOCAL_RANK", "0")))
-    if joined:
-        yield device, build_mesh(config.parallel, device_type=device.type)
-        return
-    init_process_group(config.parallel, device.type)
+    if not joined:
+        _join(config.parallel, device)
+    failures.forget()
     try:
-        yield device, build_mesh(config.parallel, device_type=device.type)
+        with name_missing_ranks():
+            mesh = build_mesh(config.parallel, device_type=device.type)
+            limit_waiting(config.parallel)
+            yield device, mesh
+    except Exception as error:
+        failures.leave(error)  # before the others see this rank's connections closed
+        raise
     finally:
-        dist.destroy_process_group()
+        if not joined:
+            dist.destroy_process_group()
+
+
+def limit_waiting(config: ParallelConfig) -> None:
+    """Make `parallel.timeout_seconds` hold in every process group there is: a new one gets torch's default, not that
+    of the first."""
+    if dist.is_initialized():
+        for group in list(dist.distributed_c10d._world.pg_map):
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=config.timeout_seconds), group)
 
 
 @contextlib.contextmanager
-def name_missing_ranks(progress: HasStep) -> Iterator[None]:
-    """Turn a failed collective into a RunError that names the ranks that did not fail with this one."""
+def name_missing_ranks(progress: HasStep | None = None) -> Iterator[None]:
+    """Turn a failed collective into a RunError that names the ranks that did not fail with this one.
+
+    Args:
+        progress: where the run is; None before its first step.
+    """
     try:
         yield
+    except DmoeError:
+        raise
     except (RuntimeError, dist.DistError) as error:
         if not dist.is_initialized() or dist.get_world_size() == 1 or not _is_collective(error):
             raise
-        raise RunError(_diagnosis(progress.step, error)) from error
+        raise RunError(_diagnosis(progress, error)) from error
+
+
+def _join(config: ParallelConfig, device: torch.device) -> None:
+    rank, world_size = failures.launched_rank(), failures.launched_world_size()
+    timeout = timedelta(seconds=config.timeout_seconds)
+    try:
+        if not meeting.has_agent_store():
+            init_process_group(config, device.type)
+            return
+        store = meeting.meet(meeting.agent_store(timeout), rank, world_size, timeout)
+        failures.use(store)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    except (RuntimeError, ValueError, TimeoutError) as error:
+        reason = " ".join(str(error).split())[:200]
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise RunError(f"cannot join the {world_size} ranks that meet at {where}: {reason}") from error
 
 
 def _is_collective(error: BaseException) -> bool:
@@ -66,24 +101,21 @@ def _is_collective(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
 
 
-def _diagnosis(step: int, error: BaseException) -> str:
-    """Ranks that are alive report themselves in the store, which outlives them under torchrun."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+def _diagnosis(progress: HasStep | None, error: BaseException) -> str:
     reason = " ".join(str(error).split())[:200]
-    missing: list[int] | None = None
-    with contextlib.suppress(Exception):  # the store may be gone with rank 0
-        store = dist.distributed_c10d._get_default_store()
-        store.set(f"dmoe/failed/{rank}", str(step))
-        deadline = time.monotonic() + _GRACE_SECONDS
-        while True:
-            missing = [r for r in range(world_size) if not store.check([f"dmoe/failed/{r}"])]
-            if not missing or time.monotonic() > deadline:
-                break
-            time.sleep(0.1)
-    where = f"rank {rank}, step {step + 1}: a collective failed"
-    if missing is None:
-        return f"{where}, and rank 0, which keeps the list of ranks, cannot be reached ({reason})"
-    if not missing:
-        return f"{where} on every rank ({reason})"
-    names = ", ".join(map(str, missing))
-    return f"{where}; {'rank' if len(missing) == 1 else 'ranks'} {names} did not answer: died or hangs ({reason})"
+    when = "before the first step" if progress is None else f"in step {progress.step + 1}"
+    broken = f"a collective of rank {dist.get_rank()} failed {when}"
+    others = failures.others_after_broken_collective(dist.get_world_size())
+    if others is None:
+        return f"{broken}, and rank 0, which keeps the list of ranks, cannot be reached ({reason})"
+    silent, failed = others
+    causes = [f"rank {rank} failed: {message}" for rank, message in failed.items()]
+    if silent:
+        causes.append(f"{_ranks(silent)} did not answer: died or hangs")
+    if not causes:
+        return f"{broken} and so did one of every other rank ({reason})"
+    return f"{'; '.join(causes)}; {broken} ({reason})"
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks))}"

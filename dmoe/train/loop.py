@@ -41,7 +41,7 @@ from dmoe.models import count_parameters
 from dmoe.train.device import memory_gib, peak_tflops
 from dmoe.train.engine import Engine, build_engine
 from dmoe.train.evaluate import EvalResult, evaluate
-from dmoe.train.launch import join_ranks, name_missing_ranks
+from dmoe.train.launch import join_ranks, limit_waiting, name_missing_ranks
 from dmoe.train.metrics import MetricsLogger, SilentLogger, load_fields
 from dmoe.train.optim import apply_options, build_optimizer, learning_rate
 from dmoe.train.signals import StopRequest
@@ -114,6 +114,7 @@ def train(config: RunConfig, *, resume: bool = False) -> TrainResult:
         ranks.on_main(lambda: _describe_run(config, data))
 
         loop = _Loop(config, run_dir, data, engine, optimizer, progress)
+        limit_waiting(config.parallel)  # also in the groups made since
         with _open_log(config, run_dir, progress) as log, loop.saver:
             log.console.print(_headline(config, data, device))
             for message in messages:

@@ -138,6 +138,8 @@ def differences(got: Result, want: Result) -> dict[str, float]:
         assert a.dtype == b.dtype, name
         assert a.isfinite().all(), name
     return {
-        name: float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp_min(1e-3)) if a.numel() else 0.0
+        name: float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp_min(1e-3))
+        if a.numel()
+        else 0.0
         for name, (a, b) in pairs.items()
     }

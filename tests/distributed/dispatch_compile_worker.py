@@ -33,7 +33,9 @@ def checkpoint_outside(layer: MoE, backend: object) -> Callable[[Tensor], Tensor
     return lambda x: checkpoint(compiled, x, use_reentrant=False)
 
 
-def same_as_eager(group: dist.ProcessGroup, way: Callable[..., Callable[[Tensor], Tensor]], case: Case, backend: str) -> None:
+def same_as_eager(
+    group: dist.ProcessGroup, way: Callable[..., Callable[[Tensor], Tensor]], case: Case, backend: str
+) -> None:
     """Over batches of several sizes and routings, one after the other through one compiled layer."""
     torch.compiler.reset()
     counter = CompileCounterWithBackend(backend)

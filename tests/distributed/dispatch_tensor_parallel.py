@@ -1,4 +1,4 @@
-"""A layer whose experts' width is split over ranks, as DTensors, next to the plain layer; called by dispatch_worker.py."""
+"""A layer with the experts' width split over ranks, as DTensors, next to the plain layer; for dispatch_worker.py."""
 
 from __future__ import annotations
 

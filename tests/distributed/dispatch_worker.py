@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from dispatch_cases import D, Case, actual, differences, expected, spread
+from dispatch_cases import Case, D, actual, differences, expected, spread
 from dispatch_tensor_parallel import width_over_ranks
 from exchange_worker import logged
 from torch import Tensor
@@ -192,13 +192,13 @@ def saved_bytes_do_not_grow_with_skew(group: dist.ProcessGroup) -> None:
 
 
 def recomputed(group: dist.ProcessGroup) -> None:
-    """Under activation checkpointing, chunks inside or not: the numbers of the plain layer, and nothing left waiting."""
+    """Under activation checkpointing, chunks inside or not: the plain layer's numbers, and nothing left waiting."""
     for max_rows in (0, 9):
-        for coefficients in (LOSSES,):
-            config = {"shared_intermediate_size": 16, **coefficients}
-            case = Case(UNEVEN[group.size()], FP64, "one", max_rows=max_rows, config=config)
-            check(dataclasses.replace(case, call=lambda m: lambda x: checkpoint(m, x, use_reentrant=False)), 1e-12, group)
-            assert_nothing_waits()
+        config = {"shared_intermediate_size": 16, **LOSSES}
+        case = Case(UNEVEN[group.size()], FP64, "one", max_rows=max_rows, config=config)
+        case.call = lambda layer: lambda x: checkpoint(layer, x, use_reentrant=False)
+        check(case, 1e-12, group)
+        assert_nothing_waits()
 
 
 def assert_nothing_waits() -> None:
@@ -282,7 +282,9 @@ def frozen(group: dist.ProcessGroup) -> None:
         full = case.full_layer()
         layers = full, spread(full, group)
         outputs = []
-        for layer, inputs, grad in zip(layers, (torch.cat(x), x[group.rank()]), (torch.cat(grads), grads[group.rank()])):
+        for layer, inputs, grad in zip(
+            layers, (torch.cat(x), x[group.rank()]), (torch.cat(grads), grads[group.rank()])
+        ):
             if freeze != "x":
                 getattr(layer, freeze).requires_grad_(False)
             leaf = inputs.clone().requires_grad_(freeze != "x")
@@ -335,5 +337,3 @@ def rank_main(rank: int, world: int, store_path: str) -> None:
         case(group)
     dist.barrier()
     dist.destroy_process_group()
-
-

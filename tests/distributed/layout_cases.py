@@ -95,6 +95,9 @@ CASES: dict[int, dict[str, Case]] = {
         "fsdp 2 x cp 2 x ep 2": Case({"dp_shard": 2, "cp": 2, "ep": 2}),
         "tp 2 x cp 2": Case({"tp": 2, "cp": 2}),
         "pp 2 x fsdp 2": Case({"pp": 2, "dp_shard": 2, "schedule": "interleaved_1f1b"}),
+        "pp 2 x fsdp 2, zero bubble": Case(
+            {"pp": 2, "dp_shard": 2, "schedule": "interleaved_zero_bubble"}
+        ),
         "pp 2 x tp 2": Case({"pp": 2, "tp": 2}),
         "pp 2 x ep 2, zero bubble": Case({"pp": 2, "ep": 2, "schedule": "interleaved_zero_bubble"}),
     },

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-
 from layout_cases import CASES, run_case
 
 # Of loss, auxiliary losses and gradient norm, relative; and of every updated parameter, absolute.

@@ -1,0 +1,350 @@
+"""What a run would need on each rank, found by running a step of it on tensors without memory.
+
+The real parts of the model are laid out over a fake process group of any number of ranks, and the real training step
+runs on fake tensors: memory and messages are measured, not computed from formulas. What is assumed: the routing is
+balanced (or all tokens go to the experts of this rank), because fake tensors have no values; and where a step has many
+micro-batches few are run, since what each adds is the same: sums are continued linearly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from dmoe.config import ParallelConfig, RunConfig, require
+from dmoe.moe import moe_layers
+from dmoe.moe.dispatch import AllToAllDispatcher
+from dmoe.moe.router import Routing
+from dmoe.moe.sharded import local
+from dmoe.ops import grouped
+from dmoe.parallel import ParallelMesh, build_mesh, check_model, parallelize, resolve
+from dmoe.parallel.memory import ACTIVATIONS, EXCHANGE, GRADIENTS, LOGITS, OPTIMIZER, WEIGHTS, MemoryTimeline
+from dmoe.parallel.traffic import TrafficCounter
+from dmoe.train.device import autocast
+from dmoe.train.engine import Batch, Engine
+from dmoe.train.optim import build_optimizer
+from dmoe.train.step import training_step
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """One rank; the first of its pipeline stage, which holds the largest parts where something does not divide.
+
+    All sizes are bytes. Ranks of one stage differ by rounding, and by what is routed to them.
+    """
+
+    rank: int
+    pipeline_rank: int
+    parameters: dict[str, int]
+    """Elements that this rank holds: "dense", "experts", "embeddings" (with the head)."""
+    peak: dict[str, int]
+    """What lives at the moment when most memory is used, by category, with balanced routing."""
+    peak_worst: dict[str, int]
+    """The same when every token of the ranks that share experts picks as many of this rank's as it can. Without expert
+    parallelism the same as `peak`."""
+    activations: dict[str, int]
+    """Kept by the forward of one micro-batch, logits included: "kept" and "checkpointed" (activation checkpointing)."""
+    in_flight: int
+    """Micro-batches times stages whose activations live at once."""
+    sent: dict[str, int]
+    """Bytes sent in one step, by axis and collective; see `dmoe.parallel.traffic`."""
+
+    @property
+    def total(self) -> int:
+        """Peak with balanced routing."""
+        return sum(self.peak.values())
+
+    @property
+    def total_worst(self) -> int:
+        """Peak with the worst routing."""
+        return sum(self.peak_worst.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every pipeline rank of a run."""
+
+    world_size: int
+    parallel: ParallelConfig
+    precision: str
+    micro_batches: int
+    ranks: list[RankPlan]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+def plan(config: RunConfig, world_size: int) -> Plan:
+    """Plan `config` on `world_size` ranks, in this process. Nothing of the size of the model is allocated.
+
+    `train.precision` "auto" counts as bf16, `train.compile` is left out (the eager step is planned, which needs more).
+    On a GPU an expert activation is computed at once and on the CPU in blocks: the CPU's way is planned if
+    `train.device` is "cpu".
+
+    Raises:
+        ConfigError: layout, model and batch do not fit, with training's words; or fp64 or the reference backend, whose
+            shapes depend on values.
+    """
+    require(world_size > 0, "--dry-run", world_size, "the number of ranks, 1 or more")
+    require(not dist.is_initialized(), "--dry-run", world_size, "run in a process that is alone, without torchrun")
+    layout = resolve(config.parallel, world_size)
+    check_model(layout, config.model, config.train)
+    _check_plannable(config)
+    precision = "bf16" if config.train.precision == "auto" else config.train.precision
+    train = replace(config.train, precision=precision, compile=False)  # type: ignore[arg-type]
+    config = replace(config, train=train, parallel=layout)
+    ranks = [_plan_rank(config, world_size, stage) for stage in range(layout.pp)]
+    return Plan(world_size, layout, precision, train.batch_size // train.micro_batch_size, ranks)
+
+
+def _check_plannable(config: RunConfig) -> None:
+    require(config.train.precision != "fp64", "train.precision", "fp64", '"bf16" or "fp32" for a plan')
+    backend = config.model.moe.backend
+    require(backend != "reference", "model.moe.backend", backend, 'left out, or "torch", for a plan')
+
+
+def _plan_rank(config: RunConfig, world_size: int, stage: int) -> RankPlan:
+    rank = stage * (world_size // config.parallel.pp)
+    wanted = config.train.batch_size // config.train.micro_batch_size
+    few, more = _micro_batches_to_run(wanted, config.parallel.pp)
+    with _fake_ranks(config.parallel, world_size, rank) as mesh:
+        first = _measure(config, mesh, few) if few != more else None
+        second = _measure(config, mesh, more, activations=True)
+        first_worst, second_worst = first, second
+        if config.parallel.ep > 1:
+            first_worst = _measure(config, mesh, few, worst=True) if first is not None else None
+            second_worst = _measure(config, mesh, more, worst=True)
+    steps = (few, more, wanted)
+    # Without a pipeline one micro-batch lives at a time, whatever their number.
+    same = config.parallel.pp == 1
+    return RankPlan(
+        rank=rank,
+        pipeline_rank=stage,
+        parameters=second.parameters,
+        peak=second.peak if same else _continued(first and first.peak, second.peak, steps),
+        peak_worst=second_worst.peak if same else _continued(first_worst and first_worst.peak, second_worst.peak, steps),
+        activations=second.activations,
+        in_flight=_continued(first and {"n": first.in_flight}, {"n": second.in_flight}, steps)["n"],
+        sent=_continued(first and first.sent, second.sent, steps),
+    )
+
+
+def _micro_batches_to_run(wanted: int, pp: int) -> tuple[int, int]:
+    """Two numbers of micro-batches from which the rest follows; twice the same where it is few enough to run all."""
+    if pp == 1:
+        return min(wanted, 1), min(wanted, 2)
+    return (wanted, wanted) if wanted <= 3 * pp else (2 * pp, 3 * pp)
+
+
+def _continued(first: dict[str, int] | None, second: dict[str, int], steps: tuple[int, int, int]) -> dict[str, int]:
+    """The straight line through two measurements, at a third number of micro-batches."""
+    if first is None:
+        return dict(second)
+    few, more, wanted = steps
+    return {
+        key: second.get(key, 0) + (second.get(key, 0) - first.get(key, 0)) * (wanted - more) // (more - few)
+        for key in {**first, **second}
+    }
+
+
+@contextlib.contextmanager
+def _fake_ranks(config: ParallelConfig, world_size: int, rank: int) -> Iterator[ParallelMesh]:
+    """This process as one of many ranks, whose collectives do nothing."""
+    from torch.testing._internal.distributed import fake_pg  # registers the backend
+
+    dist.init_process_group("fake", store=fake_pg.FakeStore(), rank=rank, world_size=world_size)
+    try:
+        yield build_mesh(config)
+    finally:
+        dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class _Measurement:
+    parameters: dict[str, int]
+    peak: dict[str, int]
+    sent: dict[str, int]
+    activations: dict[str, int]
+    in_flight: int
+
+
+def _measure(
+    config: RunConfig, mesh: ParallelMesh, micro_batches: int, *, worst: bool = False, activations: bool = False
+) -> _Measurement:
+    """One training step of `micro_batches`, after one that made the optimiser's state."""
+    train = replace(config.train, batch_size=micro_batches * config.train.micro_batch_size)
+    device = torch.device("cpu")
+    expert_dtype = torch.bfloat16 if autocast(train, device)._enabled else None
+    parts = parallelize(config.model, mesh, train, expert_dtype=expert_dtype)
+    counter = TrafficCounter(mesh)
+    sequences, tokens = train.micro_batch_size // mesh.dp_size, train.seq_len // config.parallel.cp
+    width = _logits_width(config, mesh)
+    timeline = MemoryTimeline(
+        logits_width=width, logits_numel=sequences * tokens * width, expand=_EXPANDED, on_call=counter.count
+    )
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with _blocks_of(config.train.device), fake, timeline:
+        for part in parts:
+            part.to_empty(device=device)
+        engine = Engine(parts, train, device, mesh)
+        for part in parts:
+            for layer in moe_layers(part).values():
+                if isinstance(layer.dispatcher, AllToAllDispatcher):
+                    layer.dispatcher = _KnownCounts(layer.dispatcher, worst)
+        optimizer = build_optimizer(parts, config.optim)
+        optimizer.register_step_pre_hook(lambda *_: timeline.label(_gradients(engine), GRADIENTS))
+        for parameter in engine.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
+        timeline.label(engine.parameters, WEIGHTS)
+        timeline.label((t for state in optimizer.state.values() for t in state.values()), OPTIMIZER)
+        flights = _count_flights(engine)
+        ids = torch.zeros(sequences * micro_batches, tokens, dtype=torch.int64)
+        counter.sent.clear()
+        timeline.start()
+        training_step(engine, optimizer, Batch(ids, ids.clone()), config.optim)
+        timeline.label(engine.parameters, WEIGHTS)
+        peak, sent = timeline.at_peak(), dict(counter.sent)
+        kept = _activations(engine, timeline, ids[:sequences]) if activations else {}
+    return _Measurement(_parameters(engine), peak, sent, kept, flights[1] if engine.pipeline else 1)
+
+
+def _logits_width(config: RunConfig, mesh: ParallelMesh) -> int:
+    """Columns of the logits on this rank."""
+    size, tp = config.model.vocab_size, config.parallel.tp
+    if tp == 1 or not config.parallel.loss_parallel:
+        return size
+    part = -(-size // tp)
+    return max(0, min(part, size - part * mesh.dense.get_local_rank("tp")))
+
+
+def _gradients(engine: Engine) -> list[Tensor]:
+    return [p.grad for p in engine.parameters if p.grad is not None]
+
+
+def _parameters(engine: Engine) -> dict[str, int]:
+    counts = {"dense": 0, "experts": 0, "embeddings": 0}
+    for part in engine.parts:
+        for name, parameter in part.named_parameters():
+            kind = "experts" if ".experts." in name else "dense"
+            kind = "embeddings" if name.startswith(("embed_tokens.", "lm_head.")) else kind
+            counts[kind] += local(parameter).numel()
+    return counts
+
+
+def _activations(engine: Engine, timeline: MemoryTimeline, ids: Tensor) -> dict[str, int]:
+    """What the forward of one micro-batch through all parts of this rank keeps, without and with checkpointing."""
+    kept = {"kept": 0, "checkpointed": 0}
+    for part in engine.parts:
+        for key, checkpointing in (("kept", False), ("checkpointed", True)):
+            part.activation_checkpointing = checkpointing
+            start = timeline.clock
+            with autocast(engine.train, engine.device):
+                x = _input_of(part, engine, ids)
+                out = part(x)
+                loss = engine.loss(out, ids.clone()) if part.is_last else out
+            sizes = timeline.at_present(since=start)
+            kept[key] += sum(sizes[c] for c in (ACTIVATIONS, LOGITS, EXCHANGE))
+            loss.sum().backward()  # leaves everything as it was
+        part.activation_checkpointing = engine.train.activation_checkpointing
+    return kept
+
+
+def _input_of(part: Any, engine: Engine, ids: Tensor) -> Tensor:
+    if part.is_first:
+        return ids
+    assert engine.pipeline is not None
+    outline = next(o for p, o in engine.pipeline._part_of_stage.values() if p is part)
+    return torch.zeros(outline.shape, dtype=outline.dtype, requires_grad=True)
+
+
+def _count_flights(engine: Engine) -> list[int]:
+    """[now, most at once]: forwards whose backward is not finished."""
+    flights = [0, 0]
+    stages = engine.pipeline._stages if engine.pipeline is not None else []
+
+    def after(stage: Any, method: str, change: Any) -> None:
+        original = getattr(stage, method)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            flights[0] += change(kwargs)
+            flights[1] = max(flights)
+            return result
+
+        setattr(stage, method, counted)
+
+    for stage in stages:
+        after(stage, "forward_one_chunk", lambda kwargs: 1)
+        after(stage, "backward_one_chunk", lambda kwargs: -1 if kwargs.get("full_backward", True) else 0)
+        after(stage, "backward_weight_one_chunk", lambda kwargs: -1)
+    return flights
+
+
+class _KnownCounts:
+    """An all-to-all dispatcher whose counts, which a fake tensor does not have, are given: all alike, or, in the worst
+    case, every token of every rank of the group picks as many of this rank's experts as it can."""
+
+    def __init__(self, dispatcher: AllToAllDispatcher, worst: bool) -> None:
+        self._dispatcher, self._worst = dispatcher, worst
+
+    def __call__(self, x_TD: Tensor, routing: Routing, experts: Any, shared: Any) -> Tensor:
+        group = self._dispatcher.group
+        blocks = self._blocks(*routing.topk_ids_TK.shape, group.size(), group.rank())
+
+        def tolist(counts: Tensor) -> list[list[int]]:
+            if counts.shape[0] == 2 != group.size() or not self._dispatcher.max_rows:
+                return [blocks[group.rank()], [row[group.rank()] for row in blocks]]
+            return blocks
+
+        original = FakeTensor.tolist
+        FakeTensor.tolist = tolist  # type: ignore[method-assign]
+        try:
+            return self._dispatcher(x_TD, routing, experts, shared)
+        finally:
+            FakeTensor.tolist = original  # type: ignore[method-assign]
+
+    def _blocks(self, num_tokens: int, top_k: int, size: int, rank: int) -> list[list[int]]:
+        """Rows from each rank (first index) to each."""
+        rows = num_tokens * top_k
+        if not self._worst:
+            return [_split(rows, size, shift=sender) for sender in range(size)]
+        here = num_tokens * min(top_k, self._dispatcher.num_experts // size)
+        elsewhere = _split(rows - here, size - 1)
+        return [[*elsewhere[:rank], here, *elsewhere[rank:]] for _ in range(size)]
+
+
+def _split(rows: int, parts: int, shift: int = 0) -> list[int]:
+    """As even as can be; who gets one more starts at `shift`."""
+    base, extra = divmod(rows, parts)
+    return [base + ((i - shift) % parts < extra) for i in range(parts)]
+
+
+def _expert_mlp(*args: Any) -> Any:
+    return grouped._expert_mlp._init_fn(*args[:-1], False)  # without padding, whose size depends on values
+
+
+_EXPANDED = {
+    torch.ops.dmoe.expert_mlp.default: _expert_mlp,
+    torch.ops.dmoe.expert_mlp_backward.default: grouped._expert_mlp_backward._init_fn,
+}
+
+
+@contextlib.contextmanager
+def _blocks_of(device: str) -> Iterator[None]:
+    """Elements of an activation that are computed at once: as on the CPU, or all as on a GPU."""
+    original = grouped._CPU_BLOCK
+    grouped._CPU_BLOCK = original if device == "cpu" else 2**62
+    try:
+        yield
+    finally:
+        grouped._CPU_BLOCK = original
