@@ -18,7 +18,7 @@ from utils import print_by_rank
 from dmoe.moe.sharded import local
 from dmoe.train.engine import Engine
 
-ASSETS = Path(__file__).resolve().parent / "assets"
+ASSETS = Path(os.environ.get("ASSETS") or Path(__file__).resolve().parent / "assets")
 KINDS = ("weights", "gradients", "optimiser", "activations")
 MIB = 2**20
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dmoe.cli.dry_run import dry_run, take_options
 from dmoe.cli.options import apply_overrides, build_config, merge, parse_overrides, print_config_help, read_yaml
 from dmoe.config import RunConfig
 from dmoe.errors import ConfigError
@@ -19,6 +20,7 @@ _DESCRIPTION = """Train a model: dmoe train [PRESET|CONFIG.yaml] [--resume [RUN]
 PRESET names a model; a YAML file holds the same fields as the options below, and options override it.
 --resume continues the newest run, or RUN, from its newest whole checkpoint. With --run_dir it starts anew if there
 is no checkpoint yet, so that one command can be restarted until it is done.
+--dry-run WORLD [--json FILE] trains nothing: it prints the memory and the traffic of a rank in a run of WORLD ranks.
 SIGINT, SIGTERM and SIGHUP finish the step, save and exit with 128 + signal."""
 
 
@@ -27,7 +29,11 @@ def main(args: list[str]) -> int:
     if "-h" in args or "--help" in args:
         print_config_help("dmoe train", _DESCRIPTION)
         return 0
+    world_size, json_file, args = take_options(args)
     source = args.pop(0) if args and not args[0].startswith("-") else None
+    if world_size is not None:
+        dry_run(build_config(source, args), world_size, json_file)
+        return 0
     resume, args = _take_resume(args)
     config = build_config(source, args) if resume is None else _resumed_config(source, args, resume)
     from dmoe.train import train

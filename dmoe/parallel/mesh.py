@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -150,9 +151,18 @@ def check_schedule(config: ParallelConfig, train: TrainConfig) -> None:
         require(micro_batches >= least, name, micro_batches, f"at least twice parallel.pp ({least}) with {kind}")
     if config.schedule in SPLIT_BACKWARD_SCHEDULES:
         require(
+            splits_backward(), "parallel.schedule", config.schedule,
+            f"another with torch {torch.__version__}: splitting the backward of an autograd.Function needs torch 2.13",
+        )  # fmt: skip
+        require(
             not train.activation_checkpointing, "train.activation_checkpointing", True,
             f"False with {kind}, which splits a backward that recomputation needs whole",
         )  # fmt: skip
+
+
+def splits_backward() -> bool:
+    """Whether this torch can run the schedules that split the backward; 2.11 fails at an autograd.Function."""
+    return tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 13)
 
 
 def init_process_group(config: ParallelConfig, device_type: str) -> None:

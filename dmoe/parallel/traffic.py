@@ -33,7 +33,7 @@ _KINDS = {
     "_c10d_functional::all_to_all_single": "all_to_all",
 }
 # Not messages, or the receiving end of one that is counted where it is sent.
-_SILENT = ("wait_tensor", "recv_", "recv_any_source_", "barrier")
+_SILENT = ("wait_tensor", "_wrap_tensor_autograd", "recv_", "recv_any_source_", "barrier")
 
 
 class TrafficCounter(TorchDispatchMode):

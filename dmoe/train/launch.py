@@ -17,6 +17,9 @@ from dmoe.parallel import ParallelMesh, build_mesh, check_model, init_process_gr
 from dmoe.train import failures, meeting
 from dmoe.train.device import rank_device, resolve_device
 
+# Ranks that start together may differ this much in loading their libraries.
+_LOADING = timedelta(seconds=120)
+
 
 class HasStep(Protocol):
     """Where a run has got to."""
@@ -42,10 +45,8 @@ def join_ranks(config: RunConfig) -> Iterator[tuple[torch.device, ParallelMesh |
         _join(config.parallel, device)
     failures.forget()
     try:
-        with name_missing_ranks():
-            mesh = build_mesh(config.parallel, device_type=device.type)
-            limit_waiting(config.parallel)
-            yield device, mesh
+        with name_missing_ranks(), limit_waiting(config.parallel):
+            yield device, build_mesh(config.parallel, device_type=device.type)
     except Exception as error:
         failures.leave(error)  # before the others see this rank's connections closed
         raise
@@ -54,12 +55,22 @@ def join_ranks(config: RunConfig) -> Iterator[tuple[torch.device, ParallelMesh |
             dist.destroy_process_group()
 
 
-def limit_waiting(config: ParallelConfig) -> None:
-    """Make `parallel.timeout_seconds` hold in every process group there is: a new one gets torch's default, not that
-    of the first."""
-    if dist.is_initialized():
-        for group in list(dist.distributed_c10d._world.pg_map):
-            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=config.timeout_seconds), group)
+@contextlib.contextmanager
+def limit_waiting(config: ParallelConfig) -> Iterator[None]:
+    """Make `parallel.timeout_seconds` the limit of process groups that are made inside.
+
+    Without it a group gets torch's 10 or 30 minutes, whatever the first group has: those of meshes, of pairs of
+    pipeline stages and of background saves. A gloo group's limit for sends and receives cannot be changed afterwards.
+    """
+    c10d, names = dist.distributed_c10d, ("default_pg_timeout", "default_pg_nccl_timeout")
+    before = {name: getattr(c10d, name) for name in names}
+    for name in names:
+        setattr(c10d, name, timedelta(seconds=config.timeout_seconds))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(c10d, name, value)
 
 
 @contextlib.contextmanager
@@ -74,9 +85,10 @@ def name_missing_ranks(progress: HasStep | None = None) -> Iterator[None]:
     except DmoeError:
         raise
     except (RuntimeError, dist.DistError) as error:
-        if not dist.is_initialized() or dist.get_world_size() == 1 or not _is_collective(error):
+        broken = _broken_collective(error)
+        if broken is None or not dist.is_initialized() or dist.get_world_size() == 1:
             raise
-        raise RunError(_diagnosis(progress, error)) from error
+        raise RunError(_diagnosis(progress, broken)) from error
 
 
 def _join(config: ParallelConfig, device: torch.device) -> None:
@@ -86,7 +98,8 @@ def _join(config: ParallelConfig, device: torch.device) -> None:
         if not meeting.has_agent_store():
             init_process_group(config, device.type)
             return
-        store = meeting.meet(meeting.agent_store(timeout), rank, world_size, timeout)
+        patience = max(timeout, _LOADING)
+        store = meeting.meet(meeting.agent_store(patience), rank, world_size, patience)
         failures.use(store)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
@@ -96,9 +109,14 @@ def _join(config: ParallelConfig, device: torch.device) -> None:
         raise RunError(f"cannot join the {world_size} ranks that meet at {where}: {reason}") from error
 
 
-def _is_collective(error: BaseException) -> bool:
+def _broken_collective(error: BaseException | None) -> BaseException | None:
+    """The failure of a collective that `error` is or comes from: a pipeline wraps what happens in its stages."""
     words = ("connection", "gloo", "nccl", "timed out", "timeout", "peer")
-    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
+    while error is not None:
+        if isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _diagnosis(progress: HasStep | None, error: BaseException) -> str:

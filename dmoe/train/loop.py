@@ -3,6 +3,7 @@
     run_dir/config.yaml, model.json, tokenizer.json     what was run
     run_dir/metrics.jsonl, tensorboard/                  how it went
     run_dir/checkpoints/                                 where it got to
+    run_dir/.lock                                        held while a process trains in it
 
 Files of the first line are written once the run can start, so a refused request leaves the run directory as it was.
 """
@@ -41,9 +42,10 @@ from dmoe.models import count_parameters
 from dmoe.train.device import memory_gib, peak_tflops
 from dmoe.train.engine import Engine, build_engine
 from dmoe.train.evaluate import EvalResult, evaluate
-from dmoe.train.launch import join_ranks, limit_waiting, name_missing_ranks
+from dmoe.train.launch import join_ranks, name_missing_ranks
 from dmoe.train.metrics import MetricsLogger, SilentLogger, load_fields
 from dmoe.train.optim import apply_options, build_optimizer, learning_rate
+from dmoe.train.run_lock import RunLock
 from dmoe.train.signals import StopRequest
 from dmoe.train.step import StepResult, training_step
 
@@ -95,7 +97,7 @@ def train(config: RunConfig, *, resume: bool = False) -> TrainResult:
         ConfigError: the configuration does not fit the corpus, the device, the ranks or the run directory.
         RunError: the disk refuses, every checkpoint is damaged, or too many steps in a row were not finite.
     """
-    with join_ranks(config) as (device, mesh):
+    with join_ranks(config) as (device, mesh), RunLock() as lock:
         run_dir = ranks.on_main(lambda: _choose_run_dir(config, resume=resume))
         config = dataclasses.replace(config, run_dir=str(run_dir))
         data = _prepare(config)
@@ -111,10 +113,10 @@ def train(config: RunConfig, *, resume: bool = False) -> TrainResult:
         require(progress.step <= steps, "train.steps", steps, f"at least the {progress.step} steps already done")
         apply_options(optimizer, config.optim)
         # After restoring: a configuration that does not fit the checkpoint must not replace the one that does.
+        ranks.on_main(lambda: lock.acquire(run_dir))
         ranks.on_main(lambda: _describe_run(config, data))
 
         loop = _Loop(config, run_dir, data, engine, optimizer, progress)
-        limit_waiting(config.parallel)  # also in the groups made since
         with _open_log(config, run_dir, progress) as log, loop.saver:
             log.console.print(_headline(config, data, device))
             for message in messages:
@@ -146,7 +148,7 @@ class _Loop:
         if config.checkpoint.async_save:
             self.saver = AsyncSaver()
 
-    def run(self, log: MetricsLogger, stop: StopRequest) -> TrainResult:
+    def run(self, log: MetricsLogger | SilentLogger, stop: StopRequest) -> TrainResult:
         train, progress = self.config.train, self.progress
         saved_step = progress.step
         while progress.step < train.steps and not self.stop_asked:
@@ -211,7 +213,7 @@ class _Loop:
             )
         return result
 
-    def log_training(self, log: MetricsLogger) -> None:
+    def log_training(self, log: MetricsLogger | SilentLogger) -> None:
         train, progress, window = self.config.train, self.progress, self.window
         tokens_per_second = window.steps * train.batch_size * train.seq_len / window.seconds
         tflops = tokens_per_second * self.flops_per_token / 1e12
@@ -243,7 +245,7 @@ class _Loop:
     def evaluate(self, max_batches: int | None = None) -> EvalResult:
         return evaluate(self.engine, self.data, max_batches=max_batches)
 
-    def log_evaluation(self, log: MetricsLogger, result: EvalResult) -> None:
+    def log_evaluation(self, log: MetricsLogger | SilentLogger, result: EvalResult) -> None:
         record = {"kind": "eval", "step": self.progress.step, **dataclasses.asdict(result)}
         log.write(record | {"zlib_bits_per_byte": self.data.zlib_bits_per_byte})
 

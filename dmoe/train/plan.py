@@ -9,6 +9,9 @@ micro-batches few are run, since what each adds is the same: sums are continued 
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
+import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -18,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from dmoe.config import ParallelConfig, RunConfig, require
+from dmoe.config import V_SCHEDULES, ParallelConfig, RunConfig, require
 from dmoe.moe import moe_layers
 from dmoe.moe.dispatch import AllToAllDispatcher
 from dmoe.moe.router import Routing
@@ -31,6 +34,10 @@ from dmoe.train.device import autocast
 from dmoe.train.engine import Batch, Engine
 from dmoe.train.optim import build_optimizer
 from dmoe.train.step import training_step
+
+
+_ALL_FORWARDS_FIRST = ("gpipe", "looped_bfs")
+"""Pipeline schedules that keep the activations of all micro-batches."""
 
 
 @dataclass(frozen=True)
@@ -94,14 +101,16 @@ def plan(config: RunConfig, world_size: int) -> Plan:
             shapes depend on values.
     """
     require(world_size > 0, "--dry-run", world_size, "the number of ranks, 1 or more")
-    require(not dist.is_initialized(), "--dry-run", world_size, "run in a process that is alone, without torchrun")
     layout = resolve(config.parallel, world_size)
     check_model(layout, config.model, config.train)
     _check_plannable(config)
     precision = "bf16" if config.train.precision == "auto" else config.train.precision
     train = replace(config.train, precision=precision, compile=False)  # type: ignore[arg-type]
     config = replace(config, train=train, parallel=layout)
-    ranks = [_plan_rank(config, world_size, stage) for stage in range(layout.pp)]
+    # A process for each: torch keeps process groups of an earlier rank in caches that nothing empties.
+    with multiprocessing.get_context("spawn").Pool(min(layout.pp, os.cpu_count() or 1), maxtasksperchild=1) as pool:
+        jobs = [(config, world_size, stage) for stage in range(layout.pp)]
+        ranks = pool.starmap(_plan_rank, jobs, chunksize=1)
     return Plan(world_size, layout, precision, train.batch_size // train.micro_batch_size, ranks)
 
 
@@ -112,36 +121,44 @@ def _check_plannable(config: RunConfig) -> None:
 
 
 def _plan_rank(config: RunConfig, world_size: int, stage: int) -> RankPlan:
+    # Of a module that returns a view, under tensor parallelism; nobody writes into it.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     rank = stage * (world_size // config.parallel.pp)
     wanted = config.train.batch_size // config.train.micro_batch_size
-    few, more = _micro_batches_to_run(wanted, config.parallel.pp)
+    few, more = _micro_batches_to_run(wanted, config.parallel)
     with _fake_ranks(config.parallel, world_size, rank) as mesh:
         first = _measure(config, mesh, few) if few != more else None
         second = _measure(config, mesh, more, activations=True)
-        first_worst, second_worst = first, second
-        if config.parallel.ep > 1:
-            first_worst = _measure(config, mesh, few, worst=True) if first is not None else None
-            second_worst = _measure(config, mesh, more, worst=True)
+        worst = _measure(config, mesh, more, worst=True) if config.parallel.ep > 1 else second
     steps = (few, more, wanted)
-    # Without a pipeline one micro-batch lives at a time, whatever their number.
-    same = config.parallel.pp == 1
+
+    def peak_of(measured: _Measurement) -> dict[str, int]:
+        if first is None or config.parallel.schedule not in _ALL_FORWARDS_FIRST or config.parallel.pp == 1:
+            return measured.peak  # more micro-batches do not live at once
+        kept = {c: first.peak[c] + measured.peak[c] - second.peak[c] for c in (ACTIVATIONS, LOGITS, EXCHANGE)}
+        return measured.peak | _continued(kept, {c: measured.peak[c] for c in kept}, steps)
+
+    in_flight = second.in_flight
+    if config.parallel.schedule in _ALL_FORWARDS_FIRST and config.parallel.pp > 1:
+        in_flight = wanted * config.parallel.num_local_stages
     return RankPlan(
         rank=rank,
         pipeline_rank=stage,
         parameters=second.parameters,
-        peak=second.peak if same else _continued(first and first.peak, second.peak, steps),
-        peak_worst=second_worst.peak if same else _continued(first_worst and first_worst.peak, second_worst.peak, steps),
+        peak=peak_of(second),
+        peak_worst=peak_of(worst),
         activations=second.activations,
-        in_flight=_continued(first and {"n": first.in_flight}, {"n": second.in_flight}, steps)["n"],
+        in_flight=in_flight,
         sent=_continued(first and first.sent, second.sent, steps),
     )
 
 
-def _micro_batches_to_run(wanted: int, pp: int) -> tuple[int, int]:
+def _micro_batches_to_run(wanted: int, config: ParallelConfig) -> tuple[int, int]:
     """Two numbers of micro-batches from which the rest follows; twice the same where it is few enough to run all."""
-    if pp == 1:
+    if config.pp == 1:
         return min(wanted, 1), min(wanted, 2)
-    return (wanted, wanted) if wanted <= 3 * pp else (2 * pp, 3 * pp)
+    few = 2 * config.pp if config.schedule in V_SCHEDULES else config.pp
+    return (wanted, wanted) if wanted <= few + config.pp else (few, few + config.pp)
 
 
 def _continued(first: dict[str, int] | None, second: dict[str, int], steps: tuple[int, int, int]) -> dict[str, int]:
@@ -333,7 +350,15 @@ def _expert_mlp(*args: Any) -> Any:
     return grouped._expert_mlp._init_fn(*args[:-1], False)  # without padding, whose size depends on values
 
 
+def _grouped_mm(left: Tensor, right: Tensor, offs: Tensor, *_: Any) -> Tensor:
+    """Its shape; torch's own says so for bf16 alone."""
+    if right.dim() == 3:
+        return left.new_empty(left.shape[0], right.shape[2])
+    return left.new_empty(offs.shape[0], left.shape[0], right.shape[1])
+
+
 _EXPANDED = {
+    torch.ops.aten._grouped_mm.default: _grouped_mm,
     torch.ops.dmoe.expert_mlp.default: _expert_mlp,
     torch.ops.dmoe.expert_mlp_backward.default: grouped._expert_mlp_backward._init_fn,
 }

@@ -7,6 +7,7 @@
 #
 # Arguments are passed on to dmoe.train and win over the variables. Those, with their defaults:
 set -euo pipefail
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 
 : "${NPROC:=1}" "${MASTER_ADDR:=127.0.0.1}" "${MASTER_PORT:=29500}"  # processes on this host; the meeting point
 : "${NNODES:=1}" "${NODE_RANK:=0}"                                   # hosts, and which of them this one is
@@ -16,8 +17,8 @@ set -euo pipefail
 : "${FFN_HIDDEN:=$((HIDDEN * 4))}" "${MOE_FFN_HIDDEN:=$((HIDDEN * 2))}"  # widths of a dense layer and of one expert
 : "${SEQ_LEN:=128}" "${MBSZ:=2}" "${GBSZ:=16}" "${TRAIN_ITERS:=30}"      # MBSZ: per data-parallel rank; GBSZ: of all
 : "${LR:=3e-3}" "${MIN_LR:=3e-4}" "${WARMUP_ITERS:=5}" "${SEED:=0}"
-: "${CORPUS:=stdlib}" "${TOKENIZER:=bytes}" "${VOCAB_SIZE:=260}"
-: "${RUN_DIR:=}"                                                         # default: runs/PRESET-DATE-TIME
+: "${CORPUS:=$ROOT/dmoe/*/*.py}" "${TOKENIZER:=bytes}" "${VOCAB_SIZE:=260}" # small and at hand: dmoe's own source
+: "${RUN_DIR:=}"                                                          # runs/PRESET-DATE-TIME
 
 fail() {
     echo "run_moe_from_scratch.sh: $*" >&2
@@ -80,11 +81,11 @@ fi
 [[ $TOKENIZER != bpe ]] || OPTIONS+=(--data.vocab_size "$VOCAB_SIZE")
 [[ -z $RUN_DIR ]] || OPTIONS+=(--run_dir "$RUN_DIR")
 
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" # a clone that is not installed works too
 COMMAND=(
     torchrun --nproc_per_node="$NPROC" --nnodes="$NNODES" --node_rank="$NODE_RANK"
     --master_addr="$MASTER_ADDR" --master_port="$MASTER_PORT" -m dmoe.train "${OPTIONS[@]}" "$@"
 )
-echo "${COMMAND[*]@Q}"
+printf '%q ' "${COMMAND[@]}"
+echo
 exec "${COMMAND[@]}"

@@ -12,10 +12,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from dmoe.config import ModelConfig, MoEConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
+from dmoe.checkpoint.stored_form import stored_form
+from dmoe.config import (
+    SPLIT_BACKWARD_SCHEDULES,
+    ModelConfig,
+    MoEConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+)
 from dmoe.moe import moe_layers
 from dmoe.moe.sharded import copy_shard
 from dmoe.parallel import build_mesh
+from dmoe.parallel.mesh import splits_backward
 from dmoe.train.engine import Engine, build_engine
 from dmoe.train.optim import build_optimizer
 from dmoe.train.step import training_step
@@ -108,6 +118,11 @@ CASES: dict[int, dict[str, Case]] = {
 }  # fmt: skip
 
 
+def supported(case: Case) -> bool:
+    """Whether this torch can run a case."""
+    return case.parallel.get("schedule") not in SPLIT_BACKWARD_SCHEDULES or splits_backward()
+
+
 def run_case(config: RunConfig, *, spread: bool) -> dict[str, Any]:
     """Train `STEPS` steps; loss, aux loss, z loss and gradient norm of each, and every parameter afterwards."""
     device = torch.device("cpu")
@@ -154,6 +169,13 @@ def whole_weights(engine: Engine) -> dict[str, torch.Tensor]:
             if hasattr(module, "reshard"):
                 module.reshard()
         for name, parameter in part.named_parameters():
-            value = parameter.detach()
-            result[name] = value.full_tensor() if hasattr(value, "full_tensor") else value.clone()
+            result[name] = whole(name, parameter.detach())
     return result
+
+
+def whole(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of a parameter or moment, assembled. Through the form in which it is stored: torch 2.11 cannot assemble
+    gate and up parts side by side."""
+    if not hasattr(tensor, "full_tensor"):
+        return tensor.clone()
+    return stored_form(name, tensor).full_tensor().reshape(tensor.shape)  # type: ignore[attr-defined]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from layout_cases import Case
+from layout_cases import Case, whole
 
 from dmoe.checkpoint import load_latest, restore_training_state, save_checkpoint, training_state
 from dmoe.config import RunConfig
@@ -84,6 +84,5 @@ def whole_state(engine: Engine, optimizer: torch.optim.Optimizer) -> dict[str, t
     for part in engine.parts:
         for name, parameter in part.named_parameters():
             values = {name: parameter.detach()} | {f"{name}/{k}": v for k, v in optimizer.state[parameter].items()}
-            for key, value in values.items():
-                result[key] = value.full_tensor() if hasattr(value, "full_tensor") else value.clone()
+            result |= {key: whole(key.replace("/", "."), value) for key, value in values.items()}
     return result

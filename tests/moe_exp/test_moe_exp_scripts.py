@@ -1,46 +1,11 @@
 """The scripts as a person starts them: processes, ports, exit codes and what they print."""
 
-import os
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-
-FOLDER = Path(__file__).resolve().parents[2] / "moe_exp"
-UNSET = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE")
-
-
-def free_port() -> int:
-    with socket.create_server(("", 0)) as server:
-        return server.getsockname()[1]
-
-
-def environment(**values: object) -> dict[str, str]:
-    inherited = {name: value for name, value in os.environ.items() if name not in UNSET}
-    return {**inherited, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in values.items()}}
-
-
-def torchrun(script: str, *arguments: str, **values: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1"]
-    command += [f"--master_port={free_port()}", script, *arguments]
-    return subprocess.run(command, cwd=FOLDER, env=environment(**values), capture_output=True, text=True, timeout=90)
-
-
-def start(**values: object) -> subprocess.Popen:
-    """utils.py as one rank, with this environment and no torchrun."""
-    command = [sys.executable, "utils.py"]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=FOLDER, env=environment(**values), stdout=pipe, stderr=pipe, text=True)
-
-
-def diagnosis(process: subprocess.Popen) -> str:
-    _, err = process.communicate(timeout=90)
-    assert process.returncode == 1, err
-    assert "Traceback" not in err
-    return err
+from script_launch import diagnosis, free_port, start, torchrun
 
 
 def test_utils_right_despite_exported_variables() -> None:
@@ -69,7 +34,7 @@ def test_all_to_all_example_and_sweep() -> None:
 def test_missing_ranks_are_named_within_30_s() -> None:
     shared = {"WORLD_SIZE": 4, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     started = time.monotonic()
-    processes = [start(RANK=0, **shared), start(RANK=2, **shared)]
+    processes = [start("utils.py", RANK=0, **shared), start("utils.py", RANK=2, **shared)]
     for process in processes:
         assert "ranks 1, 3 of WORLD_SIZE 4 did not arrive" in diagnosis(process)
     assert time.monotonic() - started < 60  # 30 s and two starts of Python on a busy machine
@@ -77,7 +42,7 @@ def test_missing_ranks_are_named_within_30_s() -> None:
 
 def test_wrong_settings_are_named() -> None:
     port = free_port()
-    with socket.create_server(("", 0)) as busy:
+    with socket.create_server(("127.0.0.1", 0)) as busy:
         taken = busy.getsockname()[1]
         base = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         cases = [
@@ -88,12 +53,12 @@ def test_wrong_settings_are_named() -> None:
             (base | {"RANK": "x"}, "RANK is 'x': must be a whole number"),
         ]
         for values, expected in cases:
-            assert expected in diagnosis(start(**values))
+            assert expected in diagnosis(start("utils.py", **values))
 
 
 @pytest.mark.parametrize("sizes", [(2, 3)])
 def test_world_sizes_that_differ(sizes: tuple[int, int]) -> None:
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    processes = [start(RANK=rank, WORLD_SIZE=size, **shared) for rank, size in enumerate(sizes)]
+    processes = [start("utils.py", RANK=rank, WORLD_SIZE=size, **shared) for rank, size in enumerate(sizes)]
     for process in processes:
         assert "was started with WORLD_SIZE 3, rank 0 with 2" in diagnosis(process)

@@ -1,0 +1,187 @@
+"""Hold the plan of `dmoe train --dry-run` against real runs: processes on this machine, over gloo.
+
+    python benchmarks/dry_run_check.py [--ranks 4]
+
+For each layout: bytes of weights, gradients and optimiser state; activations that a forward saves for its backward; bytes
+sent in a step; and by how much the process grew, against the planned peak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch import Tensor
+
+from dmoe.config import ModelConfig, MoEConfig, ParallelConfig, RunConfig, TrainConfig
+from dmoe.moe.sharded import local
+from dmoe.parallel import build_mesh
+from dmoe.parallel.fsdp import fsdp_modules
+from dmoe.parallel.traffic import TrafficCounter
+from dmoe.train.engine import Batch, Engine, build_engine
+from dmoe.train.optim import build_optimizer
+from dmoe.train.plan import RankPlan, plan
+from dmoe.train.step import training_step
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "fsdp 4": {"dp_shard": 4},
+    "fsdp 2 x ep 2": {"dp_shard": 4, "ep": 2},
+    "tp 2 x fsdp 2": {"tp": 2, "dp_shard": 2},
+    "pp 2 x fsdp 2": {"pp": 2, "dp_shard": 2},
+}
+
+CONFIG = RunConfig(
+    model=ModelConfig(
+        vocab_size=8192, hidden_size=512, num_layers=6, num_heads=8, num_kv_heads=4, head_dim=64, intermediate_size=1024,
+        moe=MoEConfig(intermediate_size=512, num_experts=16, top_k=2, aux_loss_coef=1.0), tie_embeddings=False,
+        max_seq_len=1024,
+    ),
+    train=TrainConfig(batch_size=16, micro_batch_size=4, seq_len=512, device="cpu", precision="fp32"),
+)  # fmt: skip
+
+
+def storages(tensors: list[Tensor]) -> dict[int, int]:
+    """Bytes of each different storage behind some tensors."""
+    found = [local(t.detach()).untyped_storage() for t in tensors]
+    return {s.data_ptr(): s.nbytes() for s in found if s.nbytes()}
+
+
+def measure(config: RunConfig) -> dict[str, Any]:
+    """What this rank holds, saves, sends and grows by in two training steps."""
+    before = _memory("VmRSS")
+    mesh = build_mesh(config.parallel)
+    engine = build_engine(config, torch.device("cpu"), mesh)
+    optimizer = build_optimizer(engine.parts, config.optim)
+    sizes: dict[str, Any] = {}
+    gradients: list[Tensor] = []
+    optimizer.register_step_pre_hook(
+        lambda *_: gradients.extend(p.grad for p in engine.parameters if p.grad is not None)
+    )
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
+    for step in range(2):
+        batch = _batch(config, mesh, step)
+        with TrafficCounter(mesh) as counter:
+            training_step(engine, optimizer, batch, config.optim)
+        if step == 0:
+            sizes["gradients"] = sum(storages(gradients).values())
+            sizes["sent"] = dict(counter.sent)
+            gradients.clear()
+            # Counting costs time only; the second step is not disturbed by what the first one kept.
+    sizes["growth"] = _memory("VmHWM") - before
+    sizes["weights"] = sum(storages(engine.parameters).values())
+    sizes["optimizer state"] = sum(storages([t for s in optimizer.state.values() for t in s.values()]).values())
+    sizes["parameters"] = sum(local(p).numel() for p in engine.parameters)
+    sizes["activations"] = saved_by_forward(engine, _batch(config, mesh, 0))
+    return sizes
+
+
+def saved_by_forward(engine: Engine, batch: Batch) -> int:
+    """Bytes of what autograd saves in the forward of one micro-batch, weights left out."""
+    size = batch.inputs.shape[0] // engine.num_micro_batches
+    inputs, targets = batch.inputs[:size], batch.targets[:size]
+    total = 0
+    for part in engine.parts:
+        saved: list[Tensor] = []
+        x = inputs
+        if not part.is_first:
+            assert engine.pipeline is not None
+            outline = next(o for p, o in engine.pipeline._part_of_stage.values() if p is part)
+            x = torch.randn(outline.shape, dtype=outline.dtype, requires_grad=True)
+
+        def pack(tensor: Tensor, saved: list[Tensor] = saved) -> Tensor:
+            saved.append(tensor.detach())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            out = part(x)
+            loss = engine.loss(out, targets) if part.is_last else out.sum()
+        found = storages(saved)
+        for pointer in _weight_storages(part):
+            found.pop(pointer, None)
+        total += sum(found.values())
+        loss.backward()
+    return total
+
+
+def _weight_storages(part: torch.nn.Module) -> set[int]:
+    weights = [local(p.detach()) for p in part.parameters()]
+    for module in fsdp_modules(part):
+        group = module._get_fsdp_state()._fsdp_param_group
+        for parameter in group.fsdp_params if group is not None else []:
+            weights += [*parameter.all_gather_outputs, parameter._sharded_param_data]
+    return {t.untyped_storage().data_ptr() for t in weights}
+
+
+def _batch(config: RunConfig, mesh: Any, seed: int) -> Batch:
+    shape = (config.train.batch_size // mesh.dp_size, config.train.seq_len // mesh.config.cp)
+    # Ranks that work on the same tokens must draw the same.
+    generator = torch.Generator().manual_seed(seed * 1000 + mesh.dp_rank)
+    ids = torch.randint(config.model.vocab_size, shape, generator=generator)
+    return Batch(ids, ids.roll(-1, 1))
+
+
+def _memory(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024
+
+
+def rank_main(rank: int, world: int, folder: str, configs: dict[str, RunConfig]) -> None:
+    """A process of a real run; one file of results for each layout."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", world), rank=rank, world_size=world)
+    for i, (name, config) in enumerate(configs.items()):
+        Path(f"{folder}/{i}-{rank}.json").write_text(json.dumps({"layout": name, **measure(config)}))
+    dist.destroy_process_group()
+
+
+def run_for_real(configs: dict[str, RunConfig], world: int, *, fresh: bool = False) -> dict[str, list[dict[str, Any]]]:
+    """Results of every rank of every layout. `fresh`: new processes for each, so that growth can be compared."""
+    results: dict[str, list[dict[str, Any]]] = {}
+    for chosen in [{n: c} for n, c in configs.items()] if fresh else [configs]:
+        with tempfile.TemporaryDirectory() as folder:
+            torch.multiprocessing.spawn(rank_main, (world, folder, chosen), nprocs=world)
+            for i, name in enumerate(chosen):
+                results[name] = [json.loads(Path(f"{folder}/{i}-{r}.json").read_text()) for r in range(world)]
+    return results
+
+
+def differences(planned: RankPlan, real: dict[str, Any]) -> list[tuple[str, float, float]]:
+    """(what, planned, measured)."""
+    kept = planned.activations["kept"]
+    rows = [(name, planned.peak[name], real[name]) for name in ("weights", "optimizer state")]
+    rows += [("parameters", sum(planned.parameters.values()), real["parameters"])]
+    rows += [("activations", kept, real["activations"])]
+    for name in sorted({*planned.sent, *real["sent"]}):
+        rows.append((f"sent, {name}", planned.sent.get(name, 0), real["sent"].get(name, 0)))
+    return rows
+
+
+def main() -> int:
+    """Print planned and measured, layout by layout."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ranks", type=int, default=4)
+    ranks = parser.parse_args().ranks
+    configs = {name: replace(CONFIG, parallel=ParallelConfig(**layout)) for name, layout in LAYOUTS.items()}
+    real = run_for_real(configs, ranks, fresh=True)
+    for name, config in configs.items():
+        print(f"\n{name}\n{'':48}{'planned MiB':>14}{'measured MiB':>14}{'':>8}")
+        for planned in plan(config, ranks).ranks:
+            measured = real[name][planned.rank]
+            rows = differences(planned, measured)
+            rows.append(("growth of the process", planned.total, measured["growth"]))
+            for what, ours, theirs in rows:
+                off = f"{ours / theirs - 1:+.1%}" if theirs else ""
+                print(f"rank {planned.rank}: {what:40} {ours / 2**20:14.2f}{theirs / 2**20:14.2f}{off:>8}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

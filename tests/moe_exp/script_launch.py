@@ -1,0 +1,46 @@
+"""Starting the scripts of moe_exp/ as a person does."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parents[2] / "moe_exp"
+UNSET = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE")
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def environment(**values: object) -> dict[str, str]:
+    inherited = {name: value for name, value in os.environ.items() if name not in UNSET}
+    return {**inherited, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in values.items()}}
+
+
+def torchrun(
+    script: str | Path, *arguments: str, nproc: int = 2, timeout: float = 90, **values: object
+) -> subprocess.CompletedProcess:
+    """torchrun with `values` in the environment, from inside moe_exp/."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={nproc}", "--master_addr=127.0.0.1"]
+    command += [f"--master_port={free_port()}", str(script), *arguments]
+    return subprocess.run(
+        command, cwd=FOLDER, env=environment(**values), capture_output=True, text=True, timeout=timeout
+    )
+
+
+def start(script: str, *arguments: str, **values: object) -> subprocess.Popen:
+    """A script as one rank, with `values` in the environment and no torchrun."""
+    command = [sys.executable, script, *arguments]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=FOLDER, env=environment(**values), stdout=pipe, stderr=pipe, text=True)
+
+
+def diagnosis(process: subprocess.Popen) -> str:
+    """What a script says that ends with exit code 1 and no stack trace."""
+    _, err = process.communicate(timeout=90)
+    assert process.returncode == 1, err
+    assert "Traceback" not in err
+    return err
