@@ -30,7 +30,7 @@ from dmoe.train.step import StepResult, training_step
 STEPS = 5
 BATCH_SIZE = 8
 VOCAB_SIZE = 50257  # odd: two tensor-parallel ranks get unequal parts
-# Of every step, relative. Adam forgives a gradient of the wrong size, its norm does not, but rounding shows in it sooner.
+# Of every step, relative. Adam forgives a gradient of the wrong size; its norm does not, but shows rounding sooner.
 TOLERANCES = {"loss": 1e-4, "grad_norm": 1e-3}
 
 

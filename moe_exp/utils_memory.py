@@ -98,7 +98,7 @@ def draw_counts(axes: Any, counts: list[dict[str, int]]) -> None:
         axes.bar(range(len(counts)), heights, bottom=bottom, label=kind)
         bottom = [b + h for b, h in zip(bottom, heights)]
     axes.set(xlabel="rank", ylabel="MiB", xticks=range(len(counts)))
-    axes.legend()
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def draw_trace(axes: Any, events: list[dict[str, Any]], before: int) -> None:

@@ -63,14 +63,16 @@ def render(config: RunConfig, plan: Plan) -> str:
     rows = [["", *(f"rank {r.rank}" for r in plan.ranks)]]
     if p.pp > 1:
         rows.append(["pipeline rank", *(str(r.pipeline_rank) for r in plan.ranks)])
+    size = f"{per_rank} sequences of {train.seq_len // p.cp} tokens"
     lines = [
         f"{config.preset} on {plan.world_size} ranks: {layout}; {plan.precision}",
-        f"a step: {plan.micro_batches} micro-batches of {train.micro_batch_size} sequences of {train.seq_len} tokens "
-        f"({per_rank} sequences of {train.seq_len // p.cp} tokens on a rank)",
+        f"a step: {plan.micro_batches} micro-batches of {train.micro_batch_size} x {train.seq_len}; on a rank, {size}",
         "",
         _table([*rows, *_parameter_rows(plan.ranks), *_memory_rows(plan, train.activation_checkpointing)]),
         "",
-        _table([["sent in a step by one rank, GiB", *(f"rank {r.rank}" for r in plan.ranks)], *_traffic_rows(plan.ranks)]),
+        _table(
+            [["sent in a step by one rank, GiB", *(f"rank {r.rank}" for r in plan.ranks)], *_traffic_rows(plan.ranks)]
+        ),
     ]
     return "\n".join(lines)
 
@@ -89,7 +91,14 @@ def _memory_rows(plan: Plan, checkpointing: bool) -> list[list[str]]:
     rows.append(["  total, balanced routing", *(_gib(r.total) for r in ranks)])
     if plan.parallel.ep > 1:
         rows.append(["  total, all tokens to one rank", *(_gib(r.total_worst) for r in ranks)])
-        rows.append(["    of it exchange buffers", *(_gib(r.peak_worst["exchange buffers"]) for r in ranks)])
+    rows.append(["most at any time, GiB"])
+    for c in ("gathered weights", "gradients before reduction", "logits", "exchange buffers"):
+        if any(r.largest[c] for r in ranks):
+            rows.append([f"  {c}", *(_gib(r.largest[c]) for r in ranks)])
+    if plan.parallel.ep > 1:
+        rows.append(
+            ["  exchange buffers, all to one rank", *(_gib(r.largest_worst["exchange buffers"]) for r in ranks)]
+        )
     rows.append(["kept by one forward, GiB"])
     for key, name, on in (("kept", "without checkpointing", False), ("checkpointed", "with checkpointing", True)):
         mark = " (this run)" if checkpointing == on else ""

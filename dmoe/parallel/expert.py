@@ -5,13 +5,12 @@ from __future__ import annotations
 from torch import nn
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from dmoe.models import Decoder
 from dmoe.moe import moe_layers
 from dmoe.moe.dispatch import AllToAllDispatcher
 from dmoe.parallel.mesh import ParallelMesh
 
 
-def apply_expert_parallel(part: Decoder, mesh: ParallelMesh) -> None:
+def apply_expert_parallel(part: nn.Module, mesh: ParallelMesh) -> None:
     """Tell every MoE layer which ranks share its batch and, with ep > 1, spread its experts. In place."""
     for layer in moe_layers(part).values():
         if mesh.batch_group.size() > 1:

@@ -6,6 +6,7 @@ import torch
 
 from dmoe.config import ModelConfig, TrainConfig
 from dmoe.models import Decoder
+from dmoe.moe import MoE
 from dmoe.parallel.context import apply_context_parallel
 from dmoe.parallel.expert import apply_expert_parallel
 from dmoe.parallel.fsdp import apply_fsdp
@@ -40,14 +41,20 @@ def parallelize(
         apply_tensor_parallel(part, mesh)
         apply_expert_parallel(part, mesh)
         if train.compile:
-            compile_layers(part)
+            experts = mesh.data_axes(mesh.experts if mesh.config.ep > 1 else mesh.dense)
+            compile_layers(part, whole=experts is None)
         apply_fsdp(part, mesh, expert_dtype)
     return parts
 
 
-def compile_layers(part: Decoder) -> None:
-    """torch.compile each layer; the layers are alike, so one is compiled and the others reuse it."""
+def compile_layers(part: Decoder, *, whole: bool = True) -> None:
+    """torch.compile each layer, or its attention alone. Layers are alike: one is compiled and the others reuse it.
+
+    Args:
+        whole: False where FSDP gathers the experts: inside a graph it would lose their gradients.
+    """
     # The counts of an exchange are read inside the graph.
     torch._dynamo.config.capture_scalar_outputs = True
     for layer in part.layers.children():
-        layer.compile(fullgraph=True)
+        module = layer if whole or not isinstance(layer.mlp, MoE) else layer.self_attn
+        module.compile(fullgraph=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -41,9 +42,9 @@ class _Storage:
 class MemoryTimeline(TorchDispatchMode):
     """Follows every storage that is made while it is active.
 
-    What a storage is for may show after it was made, so a category is a label that can be changed, and the peak is split
-    up at the end. New storages are activations in a forward pass and temporaries in a backward pass, recomputation
-    included; messages and what FSDP gathers and reduces are known by their operators.
+    What a storage is for may show after it was made, so a category is a label that can be changed, and the peak is
+    split up at the end. New storages are activations in a forward pass and temporaries in a backward pass,
+    recomputation included; messages and what FSDP gathers and reduces are known by their operators.
 
     Args:
         logits_width: last dim by which logits are known, and `logits_numel` their number of elements.
@@ -72,7 +73,7 @@ class MemoryTimeline(TorchDispatchMode):
             timeline._resized(storage)
             return result
 
-        torch.UntypedStorage.resize_ = resize  # type: ignore[assignment, method-assign]
+        torch.UntypedStorage.resize_ = resize  # type: ignore[assignment]
         return super().__enter__()  # type: ignore[no-any-return]
 
     def __exit__(self, *exc: Any) -> None:
@@ -81,8 +82,8 @@ class MemoryTimeline(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # comes back as operators on its parts
+        if any(issubclass(kind, (DTensor, AsyncCollectiveTensor)) for kind in types):
+            return NotImplemented  # comes back as operators on what it wraps
         if func in self._expand:
             with self:
                 return self._expand[func](*args, **kwargs)
@@ -112,6 +113,17 @@ class MemoryTimeline(TorchDispatchMode):
     def at_peak(self) -> dict[str, int]:
         """Bytes of each category at the moment of the peak; they add up to `peak`."""
         return self._split(lambda s: s.birth <= self._peak_time < s.death)
+
+    def largest(self) -> dict[str, int]:
+        """The most that each category has had at any time since `start`; not at one time for all."""
+        most = dict.fromkeys(CATEGORIES, 0)
+        now = dict.fromkeys(CATEGORIES, 0)
+        births = [(s.birth, s.num_bytes, s.category) for s in self._all]
+        deaths = [(s.death, -s.num_bytes, s.category) for s in self._all]
+        for _, change, category in sorted(births + deaths):
+            now[category] += change
+            most[category] = max(most[category], now[category])
+        return most
 
     def at_present(self, since: int = 0) -> dict[str, int]:
         """Bytes of each category that live now and were made after `since`, a value of `clock`."""
@@ -191,4 +203,5 @@ def _category_of_new() -> str:
 def _plain_tensors(tree: Any) -> Iterator[Tensor]:
     for leaf in tree_leaves(tree):
         if isinstance(leaf, Tensor):
-            yield leaf._local_tensor if isinstance(leaf, DTensor) else leaf
+            leaf = leaf._local_tensor if isinstance(leaf, DTensor) else leaf
+            yield leaf.elem if isinstance(leaf, AsyncCollectiveTensor) else leaf

@@ -112,6 +112,7 @@ def check_model(config: ParallelConfig, model: ModelConfig, train: TrainConfig) 
     if config.cp > 1:
         divides("cp times 2", 2 * config.cp, "train.seq_len", train.seq_len)
     if config.tp > 1:
+        require(not train.compile, "train.compile", True, f"False with parallel.tp ({config.tp}): it cannot trace it")
         divides("tp times cp", config.tp * config.cp, "train.seq_len", train.seq_len)
         divides("tp", config.tp, "model.num_heads", model.num_heads)
         divides("tp", config.tp, "model.num_kv_heads", model.num_kv_heads)

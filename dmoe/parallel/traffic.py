@@ -1,7 +1,7 @@
 """Bytes that a rank sends, by axis of the mesh and kind of message: counted as the collectives are called.
 
-The counts are those of the usual algorithms over n ranks: a ring for gather, scatter and reduce (an all-gather of N bytes
-sends N (n - 1) / n from each rank, a reduce-scatter too, an all-reduce twice that), and direct messages for an
+The counts are those of the usual algorithms over n ranks: a ring for gather, scatter and reduce (an all-gather of N
+bytes sends N (n - 1) / n from each rank, a reduce-scatter too, an all-reduce twice that), and direct messages for an
 all-to-all and between pipeline stages. A library may choose a tree or a switch's multicast and send fewer.
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -49,8 +50,8 @@ class TrafficCounter(TorchDispatchMode):
         self._names = _group_names(mesh)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # comes back as operators on its parts
+        if any(issubclass(kind, (DTensor, AsyncCollectiveTensor)) for kind in types):
+            return NotImplemented  # comes back as operators on what it wraps
         result = func(*args, **(kwargs or {}))
         self.count(func, args, kwargs or {}, result)
         return result

@@ -35,7 +35,6 @@ from dmoe.train.engine import Batch, Engine
 from dmoe.train.optim import build_optimizer
 from dmoe.train.step import training_step
 
-
 _ALL_FORWARDS_FIRST = ("gpipe", "looped_bfs")
 """Pipeline schedules that keep the activations of all micro-batches."""
 
@@ -56,6 +55,11 @@ class RankPlan:
     peak_worst: dict[str, int]
     """The same when every token of the ranks that share experts picks as many of this rank's as it can. Without expert
     parallelism the same as `peak`."""
+    largest: dict[str, int]
+    """The most of each category at any time of a step, balanced routing; of different moments, so not a sum. With many
+    micro-batches in a pipeline whose schedule runs all forwards first, of the few that were run."""
+    largest_worst: dict[str, int]
+    """The same with the worst routing."""
     activations: dict[str, int]
     """Kept by the forward of one micro-batch, logits included: "kept" and "checkpointed" (activation checkpointing)."""
     in_flight: int
@@ -105,7 +109,7 @@ def plan(config: RunConfig, world_size: int) -> Plan:
     check_model(layout, config.model, config.train)
     _check_plannable(config)
     precision = "bf16" if config.train.precision == "auto" else config.train.precision
-    train = replace(config.train, precision=precision, compile=False)  # type: ignore[arg-type]
+    train = replace(config.train, precision=precision, compile=False)
     config = replace(config, train=train, parallel=layout)
     # A process for each: torch keeps process groups of an earlier rank in caches that nothing empties.
     with multiprocessing.get_context("spawn").Pool(min(layout.pp, os.cpu_count() or 1), maxtasksperchild=1) as pool:
@@ -147,9 +151,11 @@ def _plan_rank(config: RunConfig, world_size: int, stage: int) -> RankPlan:
         parameters=second.parameters,
         peak=peak_of(second),
         peak_worst=peak_of(worst),
+        largest=second.largest,
+        largest_worst=worst.largest,
         activations=second.activations,
         in_flight=in_flight,
-        sent=_continued(first and first.sent, second.sent, steps),
+        sent=_continued(None if first is None else first.sent, second.sent, steps),
     )
 
 
@@ -188,6 +194,7 @@ def _fake_ranks(config: ParallelConfig, world_size: int, rank: int) -> Iterator[
 class _Measurement:
     parameters: dict[str, int]
     peak: dict[str, int]
+    largest: dict[str, int]
     sent: dict[str, int]
     activations: dict[str, int]
     in_flight: int
@@ -230,9 +237,9 @@ def _measure(
         timeline.start()
         training_step(engine, optimizer, Batch(ids, ids.clone()), config.optim)
         timeline.label(engine.parameters, WEIGHTS)
-        peak, sent = timeline.at_peak(), dict(counter.sent)
+        peak, largest, sent = timeline.at_peak(), timeline.largest(), dict(counter.sent)
         kept = _activations(engine, timeline, ids[:sequences]) if activations else {}
-    return _Measurement(_parameters(engine), peak, sent, kept, flights[1] if engine.pipeline else 1)
+    return _Measurement(_parameters(engine), peak, largest, sent, kept, flights[1] if engine.pipeline else 1)
 
 
 def _logits_width(config: RunConfig, mesh: ParallelMesh) -> int:
@@ -267,8 +274,8 @@ def _activations(engine: Engine, timeline: MemoryTimeline, ids: Tensor) -> dict[
             start = timeline.clock
             with autocast(engine.train, engine.device):
                 x = _input_of(part, engine, ids)
-                out = part(x)
-                loss = engine.loss(out, ids.clone()) if part.is_last else out
+                # The logits are not kept: the loss saves what it needs of them.
+                loss = engine.loss(part(x), ids) if part.is_last else part(x)
             sizes = timeline.at_present(since=start)
             kept[key] += sum(sizes[c] for c in (ACTIVATIONS, LOGITS, EXCHANGE))
             loss.sum().backward()  # leaves everything as it was
@@ -316,7 +323,8 @@ class _KnownCounts:
 
     def __call__(self, x_TD: Tensor, routing: Routing, experts: Any, shared: Any) -> Tensor:
         group = self._dispatcher.group
-        blocks = self._blocks(*routing.topk_ids_TK.shape, group.size(), group.rank())
+        num_tokens, top_k = routing.topk_ids_TK.shape
+        blocks = self._blocks(num_tokens, top_k, group.size(), group.rank())
 
         def tolist(counts: Tensor) -> list[list[int]]:
             if counts.shape[0] == 2 != group.size() or not self._dispatcher.max_rows:
@@ -324,7 +332,7 @@ class _KnownCounts:
             return blocks
 
         original = FakeTensor.tolist
-        FakeTensor.tolist = tolist  # type: ignore[method-assign]
+        FakeTensor.tolist = tolist  # type: ignore
         try:
             return self._dispatcher(x_TD, routing, experts, shared)
         finally:

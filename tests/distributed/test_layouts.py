@@ -17,11 +17,9 @@ import layout_worker
 def references() -> dict[str, dict[str, Any]]:
     """The run of one process for every variant of the model, in both precisions."""
     torch.set_num_threads(1)
-    variants = {case.reference: case for cases in layout_cases.CASES.values() for case in cases.values()}
+    variants = {case.reference: case.alone for cases in layout_cases.CASES.values() for case in cases.values()}
     return {
-        precision: {
-            key: layout_cases.run_case(case.config(precision), spread=False) for key, case in variants.items()
-        }
+        precision: {key: layout_cases.run_case(case.config(precision), spread=False) for key, case in variants.items()}
         for precision in ("fp32", "fp64")
     }
 
