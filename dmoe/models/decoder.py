@@ -53,6 +53,11 @@ class Decoder(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
 
+    @property
+    def blocks(self) -> list[DecoderLayer]:
+        """The layers that this model or part of one has."""
+        return [layer for layer in self.layers.children() if isinstance(layer, DecoderLayer)]
+
     @classmethod
     def on_meta(cls, config: ModelConfig) -> Decoder:
         """The model without memory for its weights."""
@@ -86,7 +91,7 @@ class Decoder(nn.Module):
         positions_S = self.positions(seq_len, input_ids_BS.device)
         cos_SH, sin_SH = rotary_tables(positions_S, config.head_dim, config.rope_theta)
         x_BSD = self.embed_tokens(input_ids_BS) if self.is_first else input_ids_BS
-        for layer in self.layers.children():
+        for layer in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x_BSD = checkpoint(layer, x_BSD, cos_SH, sin_SH, use_reentrant=False)
             else:

@@ -23,7 +23,7 @@ def apply_context_parallel(part: Decoder, mesh: ParallelMesh) -> None:
     if size == 1:
         return
     part.positions = lambda seq_len, device: local_positions(seq_len * size, rank, size).to(device)
-    for layer in part.layers.children():
+    for layer in part.blocks:
         layer.self_attn.attend = ContextAttention(axis.get_group())
 
 

@@ -42,7 +42,7 @@ def apply_fsdp(part: Decoder, mesh: ParallelMesh, expert_dtype: torch.dtype | No
                 mp_policy=MixedPrecisionPolicy() if wide else policy,
             )  # fmt: skip
     if dense is not None:
-        for layer in part.layers.children():
+        for layer in part.blocks:
             fully_shard(layer, mesh=dense, reshard_after_forward=reshard, ignored_params=elsewhere)
         fully_shard(part, mesh=dense, reshard_after_forward=reshard, ignored_params=elsewhere)
         _prefetch(part)
@@ -63,13 +63,13 @@ def sum_over_replicas(part: nn.Module, on: bool) -> None:
 
 
 def _moe_layers(part: Decoder) -> list[MoE]:
-    return [layer.mlp for layer in part.layers.children() if isinstance(layer.mlp, MoE)]
+    return [layer.mlp for layer in part.blocks if isinstance(layer.mlp, MoE)]
 
 
 def _prefetch(part: Decoder) -> None:
     """Gather the next layer while one computes. Reading the counts of an exchange on the host would else delay it."""
     units = [[m for m in (layer, getattr(layer.mlp, "experts", None)) if isinstance(m, FSDPModule)]
-             for layer in part.layers.children()]  # fmt: skip
+             for layer in part.blocks]  # fmt: skip
     for this, following in pairwise(units):
         this[0].set_modules_to_forward_prefetch(following)
         following[0].set_modules_to_backward_prefetch(list(reversed(this)))

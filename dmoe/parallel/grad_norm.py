@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,12 +17,13 @@ def local_gradients(parameters: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]
     """(parameter, this rank's part of its gradient); what is still to be summed over ranks is summed here."""
     pairs = []
     for parameter in parameters:
-        gradient = parameter.grad
+        gradient: Any = parameter.grad
         if gradient is None:
             continue
-        if hasattr(parameter, "to_local"):
-            if gradient.placements != parameter.placements:
-                parameter.grad = gradient = gradient.redistribute(placements=parameter.placements)
+        if hasattr(gradient, "to_local"):
+            placements = parameter.placements  # type: ignore[attr-defined]
+            if gradient.placements != placements:
+                parameter.grad = gradient = gradient.redistribute(placements=placements)
             gradient = gradient.to_local()
         pairs.append((parameter, gradient))
     return pairs
@@ -47,7 +49,7 @@ def squared_norm_share(
     return total
 
 
-def _copies(parameter: Tensor, mesh: ParallelMesh | None) -> int:
+def _copies(parameter: Any, mesh: ParallelMesh | None) -> int:
     """How many ranks of a pipeline stage hold the same part of a parameter."""
     if mesh is None:
         return 1

@@ -55,6 +55,6 @@ def compile_layers(part: Decoder, *, whole: bool = True) -> None:
     """
     # The counts of an exchange are read inside the graph.
     torch._dynamo.config.capture_scalar_outputs = True
-    for layer in part.layers.children():
+    for layer in part.blocks:
         module = layer if whole or not isinstance(layer.mlp, MoE) else layer.self_attn
         module.compile(fullgraph=True)

@@ -38,7 +38,7 @@ def apply_tensor_parallel(part: Decoder, mesh: ParallelMesh) -> None:
     if axis.size() == 1:
         return
     between: Placement = SEQUENCE if mesh.config.sequence_parallel else Replicate()
-    for layer in part.layers.children():
+    for layer in part.blocks:
         _split_layer(layer, axis, between, by_width=mesh.config.ep == 1)
     plan: dict[str, ParallelStyle] = {}
     if part.is_first:
@@ -138,12 +138,13 @@ class _WholeWidthNorm(ParallelStyle):
     """A norm over a width that is split over ranks: gathered, normalised on every rank, cut again."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        def gather(_: nn.Module, inputs: Any, mesh: DeviceMesh) -> Tensor:
+        # What the hooks return replaces inputs and output, though torch declares that they return nothing.
+        def gather(_: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
             return DTensor.from_local(inputs[0], mesh, [Shard(-1)], run_check=False).redistribute(
                 placements=[Replicate()]
             )
 
-        def cut(_: nn.Module, output: Any, mesh: DeviceMesh) -> Tensor:
+        def cut(_: nn.Module, output: Any, mesh: DeviceMesh) -> Any:
             return output.redistribute(placements=[Shard(-1)]).to_local()
 
         return distribute_module(module, device_mesh, input_fn=gather, output_fn=cut)

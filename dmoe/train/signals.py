@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import time
 from types import FrameType
+
+REPEAT_SECONDS = 5.0
 
 
 class StopRequest:
-    """While entered, the first of these signals sets `signum`; a second one acts as usual."""
+    """While entered, the first of these signals sets `signum`; a second one acts as usual, unless it is the same and
+    comes within seconds: a launcher and a scheduler may both pass it on."""
 
     def __init__(self) -> None:
         self.signum: int | None = None
+        self._since = 0.0
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -23,8 +29,16 @@ class StopRequest:
         return self
 
     def _handle(self, signum: int, _frame: FrameType | None) -> None:
-        self.signum = signum
-        self._restore()
+        if self.signum is None:
+            self.signum, self._since = signum, time.monotonic()
+        elif self._is_second(signum):
+            self._restore()
+            os.kill(os.getpid(), signum)
+
+    def _is_second(self, signum: int) -> bool:
+        # Ctrl-C twice is a person who does not want to wait.
+        repeated = signum == self.signum and signum != signal.SIGINT
+        return not (repeated and time.monotonic() - self._since < REPEAT_SECONDS)
 
     def _restore(self) -> None:
         for signum, handler in self._previous.items():

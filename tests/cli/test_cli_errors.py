@@ -32,7 +32,7 @@ WRONG_VALUES = [
     ("train.steps", "", "'': must be an integer"),
     ("train.steps", "-3", "-3: must be greater than 0"),
     ("train.compile", "maybe", "'maybe': must be true or false"),
-    ("train.precision", "bf61", "must be one of auto, bf16, fp32 (did you mean bf16?)"),
+    ("train.precision", "bf61", "must be one of auto, bf16, fp32, fp64 (did you mean bf16?)"),
     ("train.device", "gpu", "'gpu': must be \"auto\""),
     ("train.device", "meta", "'meta': must be \"auto\""),
     ("train.device", "cuda:99", "this machine has"),

@@ -18,6 +18,7 @@ from dmoe.config import (
     ModelConfig,
     MoEConfig,
     OptimConfig,
+    ParallelConfig,
     RunConfig,
     TrainConfig,
     config_to_yaml,
@@ -108,6 +109,9 @@ def changed(config):
     special = {"score_function": "sigmoid", "activation": "gelu", "backend": "reference", "qk_norm": "full"}
     special |= {"schedule": "wsd", "precision": "bf16", "preset": "tiny-dense", "top_k": 3, "betas": (0.5, 0.25)}
     special |= {"head_dim": 62, "num_heads": 6, "num_kv_heads": 3, "batch_size": 60, "micro_batch_size": 30}
+    special |= {"dp_shard": 2, "exchange": "bf16"}
+    if isinstance(config, ParallelConfig):
+        special["schedule"] = "gpipe"
     special |= {"max_seq_len": 8192, "vocab_size": 5000, "seq_len": 100, "hidden_size": 0, "tokenizer": "a b: 'c'"}
     changes = {}
     for field in dataclasses.fields(config):
@@ -129,7 +133,7 @@ def changed(config):
 
 def test_yaml_round_trip(tmp_path):
     config = changed(RunConfig())
-    for section in ("data", "optim", "train", "checkpoint"):
+    for section in ("data", "optim", "train", "checkpoint", "parallel"):
         for field in dataclasses.fields(getattr(config, section)):
             assert getattr(getattr(config, section), field.name) != getattr(getattr(RunConfig(), section), field.name)
     path = tmp_path / "config.yaml"
