@@ -7,11 +7,13 @@ saw tokens of every rank and a norm that saw its own rank's need no different fa
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 
 from dmoe.config import SPLIT_BACKWARD_SCHEDULES
 from dmoe.models import Decoder
@@ -40,6 +42,7 @@ def apply_fsdp(part: Decoder, mesh: ParallelMesh, expert_dtype: torch.dtype | No
             fully_shard(
                 moe.experts, mesh=experts, reshard_after_forward=reshard,
                 mp_policy=MixedPrecisionPolicy() if wide else policy,
+                shard_placement_fn=_expert_placements(moe, mesh, experts.shape[-1]),
             )  # fmt: skip
     if dense is not None:
         for layer in part.blocks:
@@ -49,6 +52,18 @@ def apply_fsdp(part: Decoder, mesh: ParallelMesh, expert_dtype: torch.dtype | No
     for module in fsdp_modules(part):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # else it multiplies by 1, in a way that gloo does not know
+
+
+def _expert_placements(moe: MoE, mesh: ParallelMesh, size: int) -> Callable[[nn.Parameter], Shard | None]:
+    """Experts are cut by expert, or, when there are more ranks than experts, by model width: FSDP would fill a cut of
+    too few experts up, and every rank would gather the filling."""
+    width, num_local = moe.config.hidden_size, moe.config.num_experts // mesh.config.ep
+    by_width = size > num_local and width % size == 0
+    dims = {"gate_up_proj": 2, "up_proj": 2, "down_proj": 1}
+    placements = {
+        parameter: Shard(dims[name]) for name, parameter in moe.experts.named_parameters() if by_width and name in dims
+    }
+    return placements.get
 
 
 def fsdp_modules(part: nn.Module) -> list[FSDPModule]:

@@ -74,7 +74,7 @@ class MemoryTimeline(TorchDispatchMode):
             return result
 
         torch.UntypedStorage.resize_ = resize  # type: ignore[assignment]
-        return super().__enter__()  # type: ignore[no-any-return]
+        return super().__enter__()
 
     def __exit__(self, *exc: Any) -> None:
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]

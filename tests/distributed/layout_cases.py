@@ -105,6 +105,8 @@ CASES: dict[int, dict[str, Case]] = {
         "hsdp 2x2": Case({"dp_replicate": 2, "dp_shard": 2}),
         "ep 4": Case({"ep": 4}),
         "fsdp 2 x ep 2": Case({"dp_shard": 4, "ep": 2}),
+        "fsdp 2 x ep 2, an expert a rank": Case({"dp_shard": 4, "ep": 2}, moe={"num_experts": 2}),
+        "fsdp 2 x tp 2, one expert": Case({"dp_shard": 2, "tp": 2}, moe={"num_experts": 1, "top_k": 1, "bias": True}),
         "dp 2 x ep 2": Case({"dp_replicate": 2, "dp_shard": 2, "ep": 2}),
         "fsdp 2 x tp 2": Case({"dp_shard": 2, "tp": 2}),
         "fsdp 2 x tp 2 x ep 4": Case({"dp_shard": 2, "tp": 2, "ep": 4}, model=UNTIED),
@@ -159,7 +161,8 @@ def starve_experts(engine: Engine) -> None:
     for part in engine.parts:
         for name, layer in moe_layers(part).items():
             half = torch.randn(3, layer.config.hidden_size, generator=torch.Generator().manual_seed(len(name)))
-            rows = torch.cat([half, -half, torch.zeros(2, half.shape[1])]).to(layer.router.weight.dtype)
+            rows = torch.cat([half, -half, torch.zeros(2, half.shape[1])])[: layer.config.num_experts]
+            rows = rows.to(layer.router.weight.dtype)
             with torch.no_grad():
                 weight = layer.router.weight
                 if hasattr(weight, "to_local"):

@@ -33,6 +33,7 @@ def test_the_run_is_hard(references: dict[str, dict[str, Any]]) -> None:
     assert first["grad_norm"] > 1, "clipping"
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("world", [2, 4, 8])
 def test_layouts(
     world: int, references: dict[str, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
