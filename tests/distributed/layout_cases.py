@@ -25,7 +25,7 @@ from dmoe.config import (
 from dmoe.moe import moe_layers
 from dmoe.moe.sharded import copy_shard
 from dmoe.parallel import build_mesh
-from dmoe.parallel.mesh import splits_backward
+from dmoe.parallel.mesh import recent_torch
 from dmoe.train.engine import Engine, build_engine
 from dmoe.train.optim import build_optimizer
 from dmoe.train.step import training_step
@@ -129,7 +129,9 @@ CASES: dict[int, dict[str, Case]] = {
 
 def supported(case: Case) -> bool:
     """Whether this torch can run a case."""
-    return case.parallel.get("schedule") not in SPLIT_BACKWARD_SCHEDULES or splits_backward()
+    compiled_exchange = case.parallel.get("ep", 1) > 1 and case.train.get("compile", False)
+    needs_recent = case.parallel.get("schedule") in SPLIT_BACKWARD_SCHEDULES or compiled_exchange
+    return recent_torch() or not needs_recent
 
 
 def run_case(config: RunConfig, *, spread: bool) -> dict[str, Any]:
