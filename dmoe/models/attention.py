@@ -1,6 +1,6 @@
 """Causal grouped-query attention with rotary position embedding. Names of modules are Hugging Face's.
 
-Legend: B batch, S sequence, N query heads, M key/value heads, H head width, D model width.
+Legend: B batch, S sequence, U positions of the keys, N query heads, M key/value heads, H head width, D model width.
 """
 
 from __future__ import annotations
@@ -29,14 +29,22 @@ def apply_rotary(x_BSNH: Tensor, cos_SH: Tensor, sin_SH: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_BSNH.dtype)
 
 
-def causal_attention(q_BSNH: Tensor, k_BSMH: Tensor, v_BSMH: Tensor) -> Tensor:
-    """[B, S, N, H]: each query sees the keys up to its own position; N is a multiple of M."""
+def causal_attention(q_BSNH: Tensor, k_BUMH: Tensor, v_BUMH: Tensor) -> Tensor:
+    """[B, S, N, H]: the queries are the last S of the U positions; each sees the keys up to its own.
+
+    N is a multiple of M. With U greater than S the mask is a tensor [S, U]; otherwise the kernel knows it.
+    """
+    queries, keys = q_BSNH.shape[1], k_BUMH.shape[1]
+    visible_SU = None
+    if queries != keys:
+        visible_SU = torch.ones(queries, keys, dtype=torch.bool, device=q_BSNH.device).tril(keys - queries)
     out_BNSH = F.scaled_dot_product_attention(
         q_BSNH.transpose(1, 2),
-        k_BSMH.transpose(1, 2),
-        v_BSMH.transpose(1, 2),
-        is_causal=True,
-        enable_gqa=q_BSNH.shape[2] != k_BSMH.shape[2],
+        k_BUMH.transpose(1, 2),
+        v_BUMH.transpose(1, 2),
+        attn_mask=visible_SU,
+        is_causal=visible_SU is None,
+        enable_gqa=q_BSNH.shape[2] != k_BUMH.shape[2],
     )
     return out_BNSH.transpose(1, 2)
 

@@ -7,7 +7,7 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
-from dmoe.moe.sharded import copy_shard
+from dmoe.moe.sharded import copy_shard, is_plain
 
 _OUTPUT_PROJECTIONS = ("down_proj", "o_proj")
 
@@ -45,7 +45,7 @@ def _init_one(name: str, parameter: Tensor, std: float, output_std: float, seed:
         matrix = owner.rpartition(".")[2] if leaf == "weight" else leaf
         generator = None if seed is None else _generator(seed, name, parameter.device)
         std = output_std if matrix in _OUTPUT_PROJECTIONS else std
-        if hasattr(parameter, "to_local"):
+        if not is_plain(parameter):
             # The whole parameter is drawn, one at a time, so that the values do not depend on the layout.
             whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
             copy_shard(parameter, whole.normal_(std=std, generator=generator))

@@ -9,19 +9,20 @@ from torch import Tensor, nn
 
 def local(parameter: Any) -> Tensor:
     """This rank's shard of a parameter; a plain tensor is its own shard."""
-    return parameter if _is_plain(parameter) else parameter.to_local()
+    return parameter if is_plain(parameter) else parameter.to_local()
 
 
 def replicated(parameter: Any) -> Tensor:
     """A parameter that ranks hold in full and apply to tokens of their own, so that its gradient is their sum."""
-    if _is_plain(parameter):
+    if is_plain(parameter):
         return parameter
     from torch.distributed.tensor import Partial
 
     return parameter.to_local(grad_placements=[Partial()] * parameter.device_mesh.ndim)
 
 
-def _is_plain(tensor: Any) -> bool:
+def is_plain(tensor: Any) -> bool:
+    """Whether a tensor is no DTensor."""
     # By type: the compiler answers hasattr(dtensor, "to_local") with no. The import is slow and rarely needed.
     if type(tensor) in (Tensor, nn.Parameter):
         return True

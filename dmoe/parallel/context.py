@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from dmoe.models import Decoder
+from dmoe.models.attention import causal_attention
 from dmoe.ops.collectives import all_gather_rows
 from dmoe.parallel.mesh import ParallelMesh
 
@@ -45,7 +45,7 @@ class ContextAttention:
         outputs = []
         for i, q in zip((self.rank, 2 * self.size - 1 - self.rank), q_BSNH.split(piece, dim=1)):
             end = (i + 1) * piece
-            outputs.append(attend_to_prefix(q, k[:, :end], v[:, :end]))
+            outputs.append(causal_attention(q, k[:, :end], v[:, :end]))
         return torch.cat(outputs, dim=1)
 
     def _gather(self, kv_2BSMH: Tensor) -> Tensor:
@@ -54,17 +54,3 @@ class ContextAttention:
         gathered = all_gather_rows(pieces, self.group)  # piece 2r and 2r + 1 are rank r's
         first, second = gathered[0::2], gathered[1::2]
         return torch.cat([*first.unbind(0), *second.flip(0).unbind(0)], dim=2)
-
-
-def attend_to_prefix(q_BSNH: Tensor, k_BUMH: Tensor, v_BUMH: Tensor) -> Tensor:
-    """[B, S, N, H]: the queries are the last S of the U positions; each sees the keys up to its own."""
-    queries, keys = q_BSNH.shape[1], k_BUMH.shape[1]
-    visible = torch.ones(queries, keys, dtype=torch.bool, device=q_BSNH.device).tril(keys - queries)
-    out_BNSH = F.scaled_dot_product_attention(
-        q_BSNH.transpose(1, 2),
-        k_BUMH.transpose(1, 2),
-        v_BUMH.transpose(1, 2),
-        attn_mask=visible,
-        enable_gqa=q_BSNH.shape[2] != k_BUMH.shape[2],
-    )
-    return out_BNSH.transpose(1, 2)

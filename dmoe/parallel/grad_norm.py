@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmoe.moe.sharded import is_plain
 from dmoe.parallel.mesh import ParallelMesh
 
 
@@ -20,7 +21,7 @@ def local_gradients(parameters: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]
         gradient: Any = parameter.grad
         if gradient is None:
             continue
-        if hasattr(gradient, "to_local"):
+        if not is_plain(gradient):
             placements = parameter.placements  # type: ignore[attr-defined]
             if gradient.placements != placements:
                 parameter.grad = gradient = gradient.redistribute(placements=placements)
@@ -54,7 +55,7 @@ def _copies(parameter: Any, mesh: ParallelMesh | None) -> int:
     if mesh is None:
         return 1
     stage_size = mesh.dense.mesh.numel() // mesh.config.pp
-    if not hasattr(parameter, "to_local"):
+    if is_plain(parameter):
         return stage_size
     sizes = zip(parameter.device_mesh.shape, parameter.placements)
     return stage_size // math.prod(size for size, placement in sizes if not placement.is_replicate())

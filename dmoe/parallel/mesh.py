@@ -119,6 +119,11 @@ def check_model(config: ParallelConfig, model: ModelConfig, train: TrainConfig) 
     if config.tp > 1:
         require(not train.compile, "train.compile", True, f"False with parallel.tp ({config.tp}): it cannot trace it")
         divides("tp times cp", config.tp * config.cp, "train.seq_len", train.seq_len)
+        part = -(-model.vocab_size // config.tp)
+        require(
+            part * (config.tp - 1) < model.vocab_size, "model.vocab_size", model.vocab_size,
+            f"large enough for each of parallel.tp ({config.tp}) ranks to get a row in parts of {part}",
+        )  # fmt: skip
         divides("tp", config.tp, "model.num_heads", model.num_heads)
         divides("tp", config.tp, "model.num_kv_heads", model.num_kv_heads)
     if model.moe_layers():

@@ -83,25 +83,25 @@ class Pipeline:
         self.is_first, self.is_last = (any(getattr(p, end) for p in parts) for end in ("is_first", "is_last"))
         self._mesh, self._parts, self._loss = mesh, parts, loss
         self._scale: Tensor | float = 1.0
-        self._num_micro_batches = train.batch_size // train.micro_batch_size
         num_stages = config.pp * config.num_local_stages
         numbers = local_stages(config, mesh.dense.get_local_rank("pp"))
         for part in parts:
             # Around each forward alone: a backward must not run under autocast.
             part.forward = autocast(part.forward)  # type: ignore[method-assign]
         outlines = [_outlines(part, mesh, train, autocast) for part in parts]
-        self._part_of_stage = {i: (part, outline[0]) for i, part, outline in zip(numbers, parts, outlines)}
-        self._stages = [
+        self.part_of_stage = {i: (part, outline[0]) for i, part, outline in zip(numbers, parts, outlines)}
+        self.stages = [
             PipelineStage(part, i, num_stages, device, *outline, group=group)
             for i, part, outline in zip(numbers, parts, outlines)
         ]
-        self._schedule = self._build(self._num_micro_batches)
+        schedule: Any = get_schedule_class(_SCHEDULES[config.schedule])
+        self._schedule = schedule(
+            self.stages if config.num_local_stages > 1 else self.stages[0],
+            train.batch_size // train.micro_batch_size,
+            loss_fn=self._scaled_loss,
+            scale_grads=False,
+        )
         self._tied_pair = _tied_pair(mesh) if parts[0].config.tie_embeddings else None
-
-    def _build(self, num_micro_batches: int) -> Any:
-        schedule = get_schedule_class(_SCHEDULES[self._mesh.config.schedule])
-        stages: Any = self._stages if self._mesh.config.num_local_stages > 1 else self._stages[0]
-        return schedule(stages, num_micro_batches, loss_fn=self._scaled_loss, scale_grads=False)
 
     def _scaled_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         return self._loss(logits, targets) / self._scale
@@ -136,7 +136,7 @@ class Pipeline:
         for stage, owner in enumerate(owners):
             if owner != group.rank():
                 continue
-            part, shape = self._part_of_stage[stage]
+            part, shape = self.part_of_stage[stage]
             if stage > 0 and owners[stage - 1] != owner:
                 x = torch.empty(shape.shape, dtype=shape.dtype, device=inputs_BS.device)
                 dist.recv(x, group=group, group_src=owners[stage - 1])

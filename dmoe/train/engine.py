@@ -98,7 +98,8 @@ class Engine:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         micro_batches = list(zip(*(t.chunk(self.num_micro_batches) for t in (batch.inputs, batch.targets))))
         for i, (inputs, targets) in enumerate(micro_batches):
-            sum_over_replicas(self.parts[0], i == len(micro_batches) - 1)
+            if self.mesh is not None and self.mesh.config.dp_replicate > 1:
+                sum_over_replicas(self.parts[0], i == len(micro_batches) - 1)
             loss = self.micro_loss(inputs, targets) / num_targets
             loss.backward()
             total += loss.detach()

@@ -112,8 +112,8 @@ def train(config: RunConfig, *, resume: bool = False) -> TrainResult:
         steps = config.train.steps
         require(progress.step <= steps, "train.steps", steps, f"at least the {progress.step} steps already done")
         apply_options(optimizer, config.optim)
-        # After restoring: a configuration that does not fit the checkpoint must not replace the one that does.
         ranks.on_main(lambda: lock.acquire(run_dir))
+        # After restoring: a configuration that does not fit the checkpoint must not replace the one that does.
         ranks.on_main(lambda: _describe_run(config, data))
 
         loop = _Loop(config, run_dir, data, engine, optimizer, progress)

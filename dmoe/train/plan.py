@@ -287,14 +287,14 @@ def _input_of(part: Any, engine: Engine, ids: Tensor) -> Tensor:
     if part.is_first:
         return ids
     assert engine.pipeline is not None
-    outline = next(o for p, o in engine.pipeline._part_of_stage.values() if p is part)
+    outline = next(o for p, o in engine.pipeline.part_of_stage.values() if p is part)
     return torch.zeros(outline.shape, dtype=outline.dtype, requires_grad=True)
 
 
 def _count_flights(engine: Engine) -> list[int]:
     """[now, most at once]: forwards whose backward is not finished."""
     flights = [0, 0]
-    stages = engine.pipeline._stages if engine.pipeline is not None else []
+    stages = engine.pipeline.stages if engine.pipeline is not None else []
 
     def after(stage: Any, method: str, change: Any) -> None:
         original = getattr(stage, method)

@@ -28,9 +28,8 @@ class RunLock:
             import fcntl
         except ImportError:  # Windows
             return
-        with contextlib.suppress(
-            OSError
-        ):  # what refuses a file here will refuse the run's files, with a better message
+        # What refuses a file here will refuse the run's files, with a better message.
+        with contextlib.suppress(OSError):
             run_dir.mkdir(parents=True, exist_ok=True)
             self._file = os.open(run_dir / NAME, os.O_RDWR | os.O_CREAT, 0o644)
         if self._file is None:
