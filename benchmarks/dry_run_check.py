@@ -101,7 +101,7 @@ def saved_by_forward(engine: Engine, batch: Batch) -> int:
         x = inputs
         if not part.is_first:
             assert engine.pipeline is not None
-            outline = next(o for p, o in engine.pipeline._part_of_stage.values() if p is part)
+            outline = next(o for p, o in engine.pipeline.part_of_stage.values() if p is part)
             x = torch.randn(outline.shape, dtype=outline.dtype, requires_grad=True)
 
         def pack(tensor: Tensor, saved: list[Tensor] = saved) -> Tensor:
