@@ -35,6 +35,7 @@ from dmoe.moe.dispatch import AllToAllDispatcher, SharedFunction
 from dmoe.moe.router import Routing
 from dmoe.ops import exchange as exchange_module
 from dmoe.ops.all_to_all import all_to_all
+from dmoe.ops.collectives import leave_process_group
 from dmoe.ops.exchange import PAYLOADS
 
 SIZES = tuple(2**power for power in range(12, 27, 2))
@@ -254,7 +255,7 @@ def rank_main(local_rank: int, args: argparse.Namespace, **init: Any) -> None:
     dist.init_process_group("nccl" if use_gpu else "gloo", **init)
     measure(args)
     dist.barrier()
-    dist.destroy_process_group()
+    leave_process_group()
 
 
 def spawned(rank: int, args: argparse.Namespace, store_path: str) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from dmoe.config import ModelConfig, MoEConfig, ParallelConfig, RunConfig, TrainConfig
 from dmoe.moe.sharded import local
+from dmoe.ops.collectives import leave_process_group
 from dmoe.parallel import build_mesh
 from dmoe.parallel.fsdp import fsdp_modules
 from dmoe.parallel.traffic import TrafficCounter
@@ -149,7 +150,7 @@ def rank_main(rank: int, world: int, folder: str, configs: dict[str, RunConfig])
         if len(configs) == 1:  # growth is of interest
             warm_up(config)
         Path(f"{folder}/{i}-{rank}.json").write_text(json.dumps({"layout": name, **measure(config)}))
-    dist.destroy_process_group()
+    leave_process_group()
 
 
 def run_for_real(configs: dict[str, RunConfig], world: int, *, fresh: bool = False) -> dict[str, list[dict[str, Any]]]:

@@ -28,6 +28,7 @@ import torch.multiprocessing
 from dmoe.cli.bench import machine
 from dmoe.config import ModelConfig, MoEConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from dmoe.errors import ConfigError
+from dmoe.ops.collectives import leave_process_group
 from dmoe.parallel import build_mesh, check_model, resolve
 from dmoe.train.device import rank_device
 from dmoe.train.engine import build_engine
@@ -117,7 +118,7 @@ def rank_main(rank: int, world_size: int, options: argparse.Namespace, store: st
     if rank == 0:
         report(rows, world_size, backend, config, device, options.json)
     dist.barrier()
-    dist.destroy_process_group()
+    leave_process_group()
 
 
 def report(

@@ -31,6 +31,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from dmoe.errors import DmoeError, RunError
 from dmoe.ops.all_to_all import all_to_all, exchange_counts
+from dmoe.ops.collectives import leave_process_group
 
 VERDICT_MARGIN_S = 2.0  # rank 0 decides this much earlier than the others give up, so that they hear its verdict
 
@@ -100,7 +101,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
         dist.barrier()
-        dist.destroy_process_group()
+        leave_process_group()
     except DmoeError as error:
         print(f"rank {os.environ.get('RANK', '?')} on {socket.gethostname()}: {error}", file=sys.stderr, flush=True)
         sys.exit(1)

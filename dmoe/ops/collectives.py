@@ -1,7 +1,8 @@
-"""Differentiable collectives on rows, whose backward is the opposite collective."""
+"""Differentiable collectives on rows, whose backward is the opposite collective; reductions; leaving a group."""
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -69,3 +70,13 @@ def start_all_reduce(values: Tensor, group: dist.ProcessGroup) -> Tensor:
 def finish_all_reduce(values: Tensor) -> Tensor:
     """Wait for `start_all_reduce`."""
     return _wait(values)
+
+
+def leave_process_group() -> None:
+    """Destroy the default process group, so that the process may end right after.
+
+    A thread of gloo lets go of the last collective's tensors a moment after it is done, and needs Python's lock for it.
+    If the interpreter is ending by then, torch aborts the process: "terminate called without an active exception".
+    """
+    dist.destroy_process_group()
+    time.sleep(0.1)  # without the lock

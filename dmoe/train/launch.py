@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from dmoe.config import ParallelConfig, RunConfig
 from dmoe.errors import DmoeError, RunError
+from dmoe.ops.collectives import leave_process_group
 from dmoe.parallel import ParallelMesh, build_mesh, check_model, init_process_group, resolve
 from dmoe.train import failures, meeting
 from dmoe.train.device import rank_device, resolve_device
@@ -52,7 +53,7 @@ def join_ranks(config: RunConfig) -> Iterator[tuple[torch.device, ParallelMesh |
         raise
     finally:
         if not joined:
-            dist.destroy_process_group()
+            leave_process_group()
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from dmoe.checkpoint import (
 from dmoe.checkpoint.dcp_io import read_dcp_metadata
 from dmoe.checkpoint.stored_form import stored_form
 from dmoe.errors import ConfigError, RunError
+from dmoe.ops.collectives import leave_process_group
 
 
 def world(size: int) -> list[str]:
@@ -224,7 +225,7 @@ def main(rank: int, folder: Path) -> None:
         load_all(folder, size)
         if size > 1:
             dist.barrier()
-            dist.destroy_process_group()
+            leave_process_group()
 
 
 if __name__ == "__main__":

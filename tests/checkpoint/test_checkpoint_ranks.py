@@ -12,6 +12,7 @@ import torch
 
 from dmoe.checkpoint import capture_rng, find_checkpoints, load_checkpoint, load_latest, restore_rng, save_checkpoint
 from dmoe.errors import ConfigError, RunError
+from dmoe.ops.collectives import leave_process_group
 
 FULL = torch.arange(12.0).reshape(6, 2)
 
@@ -22,7 +23,7 @@ def rank_main(rank: int, run: Path, results: "multiprocessing.Queue[tuple[int, s
         store = torch.distributed.FileStore(str(run / "store"), 2)
         torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
         work(rank, run)
-        torch.distributed.destroy_process_group()
+        leave_process_group()
         results.put((rank, ""))
     except BaseException:
         results.put((rank, traceback.format_exc()))

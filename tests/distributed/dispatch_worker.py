@@ -21,6 +21,7 @@ from dmoe.errors import ConfigError
 from dmoe.moe import MoE
 from dmoe.moe.dispatch import AllToAllDispatcher
 from dmoe.moe.router import Routing
+from dmoe.ops.collectives import leave_process_group
 
 FP64, FP32, BF16 = torch.float64, torch.float32, torch.bfloat16
 LOSSES = {"aux_loss_coef": 0.1, "z_loss_coef": 0.01}
@@ -336,4 +337,4 @@ def rank_main(rank: int, world: int, store_path: str) -> None:
     for case in CASES:
         case(group)
     dist.barrier()
-    dist.destroy_process_group()
+    leave_process_group()

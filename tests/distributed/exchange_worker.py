@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dmoe.errors import ConfigError
 from dmoe.ops import exchange as exchange_module
-from dmoe.ops.collectives import all_gather_rows, reduce_scatter_rows
+from dmoe.ops.collectives import all_gather_rows, leave_process_group, reduce_scatter_rows
 from dmoe.ops.exchange import Splits, start_exchange
 
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -275,4 +275,4 @@ def rank_main(rank: int, world: int, store_path: str) -> None:
     payload_is_checked()
     gather_and_scatter(rank, world)
     dist.barrier()
-    dist.destroy_process_group()
+    leave_process_group()

@@ -13,6 +13,7 @@ from layout_cases import Case, whole
 
 from dmoe.checkpoint import load_latest, restore_training_state, save_checkpoint, training_state
 from dmoe.config import RunConfig
+from dmoe.ops.collectives import leave_process_group
 from dmoe.parallel import build_mesh
 from dmoe.train.engine import Engine, build_engine
 from dmoe.train.optim import build_optimizer
@@ -37,7 +38,7 @@ def rank_main(rank: int, world: int, folder: str, cases: dict[str, Case], save: 
         else:
             load_and_compare(name, case.config("fp32"), Path(folder), spread=True)
         dist.barrier()
-    dist.destroy_process_group()
+    leave_process_group()
 
 
 def train_and_save(config: RunConfig, folder: Path) -> None:

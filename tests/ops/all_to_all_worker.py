@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dmoe.errors import ConfigError
 from dmoe.ops.all_to_all import all_to_all, exchange_counts
+from dmoe.ops.collectives import leave_process_group
 
 
 def matrices(world: int) -> dict[str, np.ndarray]:
@@ -141,4 +142,4 @@ def rank_main(rank: int, world: int, store_path: str) -> None:
     counts_read_inside_compile(cases["uneven"], rank)
     errors(world)
     dist.barrier()
-    dist.destroy_process_group()
+    leave_process_group()
