@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from dmoe.errors import ConfigError
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_swiglu"]
-Backend = Literal["reference", "torch"]
+Backend = Literal["reference", "torch", "triton"]
 Schedule = Literal[
     "gpipe", "1f1b", "interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble", "zbv", "dualpipev"
 ]  # fmt: skip
@@ -87,6 +87,9 @@ class MoEConfig:
     """Width of the shared expert that every token passes through. 0: none."""
     backend: Backend | None = None
     """Implementation of the expert computation; None chooses by device and dtype."""
+    precision: Literal["same", "fp8"] = "same"
+    """Matrix products of the routed experts: in the dtype of the tensors, or with operands rounded to 8 bits, forward
+    and for the gradients of activations (weight gradients stay bf16). Hopper GPUs compute in fp8, others emulate it."""
 
     def __post_init__(self) -> None:
         _require_types(self, "moe")
@@ -96,6 +99,11 @@ class MoEConfig:
             require(False, "moe.top_k", self.top_k, f"at most moe.num_experts ({self.num_experts})")
         if self.activation == "clamped_swiglu":
             require(self.gated, "moe.gated", self.gated, 'True with moe.activation "clamped_swiglu"')
+        if self.precision == "fp8":
+            for name in ("hidden_size", "intermediate_size"):
+                width = getattr(self, name)
+                require(width % 16 == 0, f"moe.{name}", width, 'a multiple of 16 with moe.precision "fp8"')
+            require(self.backend is None, "moe.backend", self.backend, 'none with moe.precision "fp8"')
 
 
 @dataclass(frozen=True, kw_only=True)

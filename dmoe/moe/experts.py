@@ -51,6 +51,7 @@ class Experts(nn.Module):
             down_bias,
             activation=self.config.activation,
             backend=self.config.backend,
+            precision=self.config.precision,
         )
 
     def extra_repr(self) -> str:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from dmoe.config import MoEConfig
 from dmoe.moe.sharded import replicated
-from dmoe.ops import choose_topk, router_scores
 from dmoe.ops.precision import autocast_off
+from dmoe.ops.routing import route
 
 
 class Routing(NamedTuple):
@@ -46,9 +46,12 @@ class Router(nn.Module):
         wide = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
         with autocast_off(x_TD):
             logits_TE = F.linear(x_TD.to(wide), replicated(self.weight).to(wide))
-            scores_TE = router_scores(logits_TE, config.score_function)
-            ids_TK, weights_TK = choose_topk(
-                scores_TE, config.top_k, normalize=config.norm_topk_prob, scaling_factor=config.routed_scaling_factor
+            scores_TE, ids_TK, weights_TK = route(
+                logits_TE,
+                config.top_k,
+                score_function=config.score_function,
+                normalize=config.norm_topk_prob,
+                scaling_factor=config.routed_scaling_factor,
             )
         return Routing(ids_TK, weights_TK, logits_TE, scores_TE)
 

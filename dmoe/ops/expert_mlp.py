@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from dmoe.errors import ConfigError
 from dmoe.ops.activations import ACTIVATIONS
+from dmoe.ops.fp8 import expert_mlp_fp8
 from dmoe.ops.grouped import expert_mlp_grouped
+from dmoe.ops.platform import runs_triton
 from dmoe.ops.precision import autocast_dtype, autocast_off, in_autocast
 from dmoe.ops.reference import expert_mlp_reference
 
-BACKENDS = {"reference": expert_mlp_reference, "torch": expert_mlp_grouped}
+
+def _expert_mlp_triton(*args: Any) -> Tensor:
+    from dmoe.ops.triton_experts import expert_mlp_triton  # Triton is imported when it is needed
+
+    return expert_mlp_triton(*args)
+
+
+BACKENDS = {"reference": expert_mlp_reference, "torch": expert_mlp_grouped, "triton": _expert_mlp_triton}
 
 
 def choose_backend(x: Tensor) -> str:
-    """Backend that `backend=None` stands for: "torch", or "reference" for fp64, which grouped_mm does not have."""
-    return "reference" if x.dtype == torch.float64 else "torch"
+    """Backend that `backend=None` stands for.
+
+    "triton" on NVIDIA GPUs that run its kernels, for bf16 and fp16, and for fp32 if products through tf32 are allowed
+    (`torch.backends.cuda.matmul.allow_tf32`); "reference" for fp64, which the others do not have; else "torch".
+    """
+    if x.dtype == torch.float64:
+        return "reference"
+    if x.device.type != "cuda" or torch.version.hip is not None or not runs_triton(x.device):
+        return "torch"
+    return "torch" if x.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32 else "triton"
 
 
 def _fail(name: str, got: object, wanted: str) -> None:
@@ -70,8 +89,13 @@ def _check_choices(x: Tensor, activation: str, gated: bool, backend: str) -> Non
         _fail("activation", "'clamped_swiglu' with plain experts", "used with gated experts, gate_up_proj [E, 2F, D]")
     if backend not in BACKENDS:
         _fail("backend", repr(backend), f"one of {', '.join(BACKENDS)}")
-    if backend == "torch" and x.dtype == torch.float64:
-        _fail("backend", "'torch' for an fp64 input", "'reference' (grouped_mm has no fp64)")
+    if backend != "reference" and x.dtype == torch.float64:
+        _fail("backend", f"{backend!r} for an fp64 input", "'reference' (matrix products by groups have no fp64)")
+    if backend == "triton" and not runs_triton(x.device):
+        _fail(
+            "backend", f"'triton' for an input on {x.device}",
+            "'torch' or None: Triton needs to be installed, and a GPU of compute capability 8.0 or its interpreter",
+        )  # fmt: skip
 
 
 def expert_mlp(
@@ -85,6 +109,7 @@ def expert_mlp(
     *,
     activation: str = "silu",
     backend: str | None = None,
+    precision: str = "same",
 ) -> Tensor:
     """y_t = sum over k of weight[t, k] * MLP_{id[t, k]}(x_t), for every token, however skewed the routing.
 
@@ -97,13 +122,15 @@ def expert_mlp(
         down_proj: [E, D, F].
         gate_up_bias, down_bias: [E, 2F] or [E, F], and [E, D]. All weights have the dtype of `x_TD`.
         activation: "silu", "gelu", "gelu_tanh", "relu", "relu2", or "clamped_swiglu" (gated, gpt-oss).
-        backend: "reference", "torch" or None: by device and dtype.
+        backend: "reference", "torch", "triton" or None: by device and dtype, see `choose_backend`.
+        precision: "same", or "fp8": operands of the projections and of their data gradients are rounded to 8 bits, see
+            `dmoe.ops.fp8`. It has one implementation: `backend` stays None.
 
     Returns:
         [T, D] in the dtype of `x_TD`; under autocast in the autocast dtype, to which inputs and weights are cast.
         Differentiable in x, topk_weights, both projections and both biases. No host synchronisation on a GPU, but
-        for fp32 and fp16 there: torch's grouped_mm has a kernel for bf16 alone and itself reads the group sizes back
-        for the others.
+        with backend "torch" for fp32 and fp16 there: torch's grouped_mm has a kernel for bf16 alone and itself reads
+        the group sizes back for the others.
 
     Raises:
         ConfigError: a shape or dtype does not fit, or the activation or backend is unknown; names the argument.
@@ -113,6 +140,10 @@ def expert_mlp(
         x_TD, gate_up_proj, down_proj = (t.to(dtype) for t in (x_TD, gate_up_proj, down_proj))
         gate_up_bias = None if gate_up_bias is None else gate_up_bias.to(dtype)
         down_bias = None if down_bias is None else down_bias.to(dtype)
+    if precision not in ("same", "fp8"):
+        _fail("precision", repr(precision), "one of same, fp8")
+    if precision == "fp8" and backend is not None:
+        _fail("backend", repr(backend), 'None with precision "fp8"')
     backend = backend or choose_backend(x_TD)
     _check_shapes(x_TD, topk_ids_TK, topk_weights_TK, gate_up_proj, down_proj, gate_up_bias, down_bias)
     parameters = {
@@ -123,7 +154,7 @@ def expert_mlp(
     }
     _check_dtypes(x_TD, topk_ids_TK, topk_weights_TK, parameters)
     _check_choices(x_TD, activation, gate_up_proj.shape[1] == 2 * down_proj.shape[2], backend)
-    run = BACKENDS[backend]
+    run = BACKENDS[backend] if precision == "same" else expert_mlp_fp8
     with autocast_off(x_TD):
         return run(
             x_TD, topk_ids_TK, topk_weights_TK, gate_up_proj, down_proj, gate_up_bias, down_bias, activation

@@ -8,6 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dmoe.ops.platform import runs_triton
+
+MIN_SUM = 1e-20
+"""Bound below a sum of scores that divides: sigmoid scores can all underflow. Far below the sum of a softmax."""
+
 
 def router_scores(logits_TE: Tensor, score_function: str) -> Tensor:
     """Scores in (0, 1) from fp32 logits: "softmax" over the experts, or an independent "sigmoid" each."""
@@ -32,11 +37,34 @@ def choose_topk(
     """
     weights_TK, ids_TK = scores_TE.topk(top_k, dim=-1)
     if normalize:
-        # Sigmoid scores can all underflow; the bound keeps 0 / 0 out of the graph and is far below a softmax sum.
-        weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True).clamp_min(1e-20)
+        weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True).clamp_min(MIN_SUM)
     if scaling_factor != 1.0:
         weights_TK = weights_TK * scaling_factor
     return ids_TK, weights_TK
+
+
+def fused_routing(logits_TE: Tensor) -> bool:
+    """Whether `route` takes these logits through one Triton kernel: fp32 on a GPU, rows that fit a program."""
+    return (
+        logits_TE.device.type == "cuda"
+        and logits_TE.dtype == torch.float32
+        and logits_TE.shape[1] <= 1024
+        and runs_triton(logits_TE.device)
+    )
+
+
+def route(
+    logits_TE: Tensor, top_k: int, *, score_function: str, normalize: bool, scaling_factor: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`router_scores`, then `choose_topk`: scores_TE, topk_ids_TK and topk_weights_TK. One kernel on a GPU."""
+    if fused_routing(logits_TE):
+        from dmoe.ops.kernels.topk import route_triton
+
+        return route_triton(
+            logits_TE, top_k, score_function=score_function, normalize=normalize, scaling_factor=scaling_factor
+        )
+    scores_TE = router_scores(logits_TE, score_function)
+    return scores_TE, *choose_topk(scores_TE, top_k, normalize=normalize, scaling_factor=scaling_factor)
 
 
 def count_tokens_per_expert(topk_ids_TK: Tensor, num_experts: int) -> Tensor:
@@ -90,7 +118,7 @@ def router_entropy(scores_TE: Tensor) -> Tensor:
 
 def normalized_scores(scores_TE: Tensor) -> Tensor:
     """Scores divided by their sum over the experts."""
-    return scores_TE / scores_TE.sum(dim=-1, keepdim=True).clamp_min(1e-20)
+    return scores_TE / scores_TE.sum(dim=-1, keepdim=True).clamp_min(MIN_SUM)
 
 
 def _count(rows: Tensor, num_tokens: Tensor | int | None) -> Tensor | int:

@@ -101,8 +101,8 @@ def plan(config: RunConfig, world_size: int) -> Plan:
     `train.device` is "cpu".
 
     Raises:
-        ConfigError: layout, model and batch do not fit, with training's words; or fp64 or the reference backend, whose
-            shapes depend on values.
+        ConfigError: layout, model and batch do not fit, with the words of training; or fp64, fp8 experts or a
+            backend other than "torch", whose memory is not counted.
     """
     require(world_size > 0, "--dry-run", world_size, "the number of ranks, 1 or more")
     layout = resolve(config.parallel, world_size)
@@ -121,7 +121,9 @@ def plan(config: RunConfig, world_size: int) -> Plan:
 def _check_plannable(config: RunConfig) -> None:
     require(config.train.precision != "fp64", "train.precision", "fp64", '"bf16" or "fp32" for a plan')
     backend = config.model.moe.backend
-    require(backend != "reference", "model.moe.backend", backend, 'left out, or "torch", for a plan')
+    require(backend in (None, "torch"), "model.moe.backend", backend, 'left out, or "torch", for a plan')
+    precision = config.model.moe.precision
+    require(precision == "same", "model.moe.precision", precision, '"same" for a plan')
 
 
 def _plan_rank(config: RunConfig, world_size: int, stage: int) -> RankPlan:

@@ -82,6 +82,7 @@ def test_values_that_look_like_options():
         ("train.compile", "1", True),
         ("model.moe.backend", "none", None),
         ("model.moe.backend", "reference", "reference"),
+        ("model.moe.precision", "fp8", "fp8"),
     ],
 )
 def test_conversion(option, text, value):
@@ -112,6 +113,8 @@ def changed(config):
     special |= {"dp_shard": 2, "exchange": "bf16"}
     if isinstance(config, ParallelConfig):
         special["schedule"] = "gpipe"
+    if isinstance(config, MoEConfig):
+        special["precision"] = "same"  # "fp8" goes with no other backend than the default
     special |= {"max_seq_len": 8192, "vocab_size": 5000, "seq_len": 100, "hidden_size": 0, "tokenizer": "a b: 'c'"}
     changes = {}
     for field in dataclasses.fields(config):
@@ -131,8 +134,11 @@ def changed(config):
     return dataclasses.replace(config, **changes)
 
 
-def test_yaml_round_trip(tmp_path):
+@pytest.mark.parametrize("moe", [{}, {"precision": "fp8", "backend": None, "intermediate_size": 272}], ids=["", "fp8"])
+def test_yaml_round_trip(tmp_path, moe):
     config = changed(RunConfig())
+    model = config.model
+    config = dataclasses.replace(config, model=dataclasses.replace(model, moe=dataclasses.replace(model.moe, **moe)))
     for section in ("data", "optim", "train", "checkpoint", "parallel"):
         for field in dataclasses.fields(getattr(config, section)):
             assert getattr(getattr(config, section), field.name) != getattr(getattr(RunConfig(), section), field.name)

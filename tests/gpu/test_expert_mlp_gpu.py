@@ -1,98 +1,161 @@
-"""`expert_mlp` and `MoE` on a GPU, against the reference backend in fp64 on the CPU."""
+"""`expert_mlp` and `MoE` on a GPU: both backends at real sizes and at random ones against fp64, and the whole layer.
+
+Small and odd cases, bits and the compiler are in `tests/ops/expert_kernel_cases.py`, which
+`test_triton_experts_gpu.py` runs for both backends.
+"""
 
 from __future__ import annotations
 
+import random
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from dense_oracle import ACTIVATIONS, DIFFERENTIABLE, Problem, make_problem, relative_error
 from torch import Tensor
 
-from dmoe import MoE, MoEConfig
-from dmoe.moe import Recorder
-from dmoe.ops import expert_mlp
+pytest.importorskip("triton")
+sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
+pytest.register_assert_rewrite("expert_kernel_cases", "rows_kernel_cases")
 
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+from expert_kernel_cases import forward, gradients, on_device, setting  # noqa: E402, F401
 
+from dmoe import MoE, MoEConfig  # noqa: E402
+from dmoe.moe import Recorder  # noqa: E402
+from dmoe.ops import expert_mlp  # noqa: E402
 
-def problem(
-    T: int, D: int, F: int, E: int, K: int, *, gated: bool = True, bias: bool = False, skew: bool = False
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """fp64 CPU leaves [x, weights, gate_up, down, (biases)], ids, output gradient; values exact in bf16."""
-    g = torch.Generator().manual_seed(T + 7 * D + E)
+BACKENDS = ("triton", "torch")
+# fp32 through tf32, which the fixture `setting` allows. Hopper cuts an operand off after 10 bits of the mantissa: the
+# three products of a gated expert lose 2.3e-3.
+TOLERANCE = {torch.float32: 3e-3, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+DTYPES = [("triton", d) for d in TOLERANCE] + [("torch", torch.bfloat16), ("torch", torch.float16)]
 
-    def normal(*size: int, std: float = 1.0) -> Tensor:
-        return (torch.randn(*size, generator=g) * std).bfloat16().double()
-
-    H = 2 * F if gated else F
-    logits = torch.randn(T, E, generator=g)
-    if skew:
-        logits[:, 0] += 100
-        logits[:, E // 2 :] -= 100
-    weights, ids = logits.softmax(-1).topk(K)
-    leaves = [normal(T, D), weights.double(), normal(E, H, D, std=D**-0.5), normal(E, D, F, std=F**-0.5)]
-    if bias:
-        leaves += [normal(E, H), normal(E, D)]
-    return [leaf.requires_grad_() for leaf in leaves], ids, normal(T, D)
-
-
-def run(leaves: list[Tensor], ids: Tensor, grad: Tensor, **kwargs: object) -> list[Tensor]:
-    x, weights, *rest = leaves
-    y = expert_mlp(x, ids, weights, *rest, **kwargs)  # type: ignore[arg-type]
-    return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
-
-
-CASES = {
-    "uniform": {"T": 300, "D": 64, "F": 32, "E": 8, "K": 2},
-    "seven experts": {"T": 257, "D": 64, "F": 48, "E": 7, "K": 3},
-    "k = E": {"T": 64, "D": 64, "F": 32, "E": 4, "K": 4},
-    "one expert": {"T": 64, "D": 64, "F": 32, "E": 1, "K": 1},
-    "all on one, most get none": {"T": 128, "D": 64, "F": 32, "E": 16, "K": 1, "skew": True},
-    "one token": {"T": 1, "D": 64, "F": 32, "E": 8, "K": 2},
-    "no token": {"T": 0, "D": 64, "F": 32, "E": 8, "K": 2},
-    "odd widths": {"T": 50, "D": 20, "F": 5, "E": 4, "K": 2},
-    "plain": {"T": 100, "D": 64, "F": 32, "E": 8, "K": 2, "gated": False},
-    "bias": {"T": 100, "D": 64, "F": 32, "E": 8, "K": 2, "bias": True},
-    "large": {"T": 2048, "D": 512, "F": 256, "E": 32, "K": 4},
+CASES: dict[str, dict[str, Any]] = {
+    "uniform": {"T": 2048, "D": 512, "F": 256, "E": 32, "K": 4},
+    "skewed": {"T": 1500, "D": 256, "F": 128, "E": 16, "K": 2, "skew": 3.0},
+    "nearly all on one": {"T": 1000, "D": 256, "F": 128, "E": 16, "K": 1, "skew": 50.0},
+    "512 experts": {"T": 700, "D": 128, "F": 64, "E": 512, "K": 8},
+    "every expert chosen": {"T": 300, "D": 128, "F": 64, "E": 8, "K": 8},
+    "one expert": {"T": 1000, "D": 256, "F": 128, "E": 1, "K": 1, "bias": True},
+    "widths that end within a tile": {"T": 900, "D": 360, "F": 200, "E": 6, "K": 3, "bias": True},
+    "plain": {"T": 1000, "D": 256, "F": 384, "E": 8, "K": 2, "gated": False, "bias": True},
 }
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def routed_problem(*, skew: float = 0.0, **sizes: Any) -> Problem:
+    """A problem whose tokens choose expert e with a logit lower by skew * log(1 + e)."""
+    p = make_problem(**sizes)
+    E, K = p.down.shape[0], p.topk_ids.shape[1]
+    scores = torch.randn(len(p.x), E) - skew * torch.arange(1, E + 1).log()
+    return replace(p, topk_ids=scores.topk(K).indices)
+
+
+def check(p: Problem, backend: str) -> None:
+    """Output and gradients against the reference backend in fp64 on the GPU."""
+    dtype = p.x.dtype
+    grad = torch.randn(p.x.shape).to(dtype)
+    wide = {n: getattr(p, n).double() for n in DIFFERENTIABLE if getattr(p, n) is not None}
+    want_y, want = gradients(replace(p, **wide), "reference", grad.double())
+    y, got = gradients(p, backend, grad)
+    assert y.dtype == dtype
+    assert relative_error(y, want_y) <= TOLERANCE[dtype]
+    assert got.keys() == want.keys()
+    for name in want:
+        assert got[name].dtype == getattr(p, name).dtype
+        assert relative_error(got[name], want[name]) <= TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize(("backend", "dtype"), DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_agrees_with_fp64_reference(case: str, dtype: torch.dtype) -> None:
-    leaves, ids, grad = problem(**CASES[case])  # type: ignore[arg-type]
-    expected = run(leaves, ids, grad, backend="reference")
-    # Freed memory full of NaN: a kernel that does not write an empty group's gradient shows.
-    torch.full((64, 1024, 1024), float("nan"), device="cuda", dtype=dtype)
-    on_gpu = [leaf.detach().to("cuda", torch.float32 if i == 1 else dtype) for i, leaf in enumerate(leaves)]
-    actual = run([t.requires_grad_() for t in on_gpu], ids.cuda(), grad.to("cuda", dtype), backend="torch")
-    for got, want in zip(actual, expected):
-        error = (got.cpu().double() - want).norm() / want.norm().clamp_min(1e-12)
-        assert error <= TOLERANCE[dtype]
+def test_agrees_with_fp64(case: str, backend: str, dtype: torch.dtype) -> None:
+    check(routed_problem(**CASES[case], dtype=dtype), backend)
 
 
-def test_bf16_does_not_synchronise_with_the_host() -> None:
-    dtype = torch.bfloat16
-    leaves, ids, grad = problem(T=256, D=64, F=32, E=8, K=2, bias=True)
-    on_gpu = [leaf.detach().to("cuda", dtype).requires_grad_() for leaf in leaves]
-    ids, grad = ids.cuda(), grad.to("cuda", dtype)
-    run(on_gpu, ids, grad)
+def random_sizes(seed: int) -> dict[str, Any]:
+    draw = random.Random(seed)
+    experts = draw.choice([1, 3, 8, 17, 60, 128, 512])
+    activation = draw.choice(ACTIVATIONS[:-1])  # without the clamp, at which rounding turns the derivative on or off
+    return {
+        "T": draw.choice([2, 31, 128, 500, 1111, 3000]),
+        "D": draw.choice([8, 64, 72, 200, 512, 1000, draw.randrange(1, 600)]),
+        "F": draw.choice([8, 64, 88, 136, 256, 704, draw.randrange(1, 400)]),
+        "E": experts,
+        "K": min(experts, draw.choice([1, 2, 3, 4, 6, 8])),
+        "gated": draw.random() < 0.7,
+        "bias": draw.random() < 0.5,
+        "activation": activation,
+        "skew": draw.choice([0.0, 0.0, 1.0, 4.0]),
+    }
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("seed", range(12))
+def test_random_sizes(seed: int, backend: str) -> None:
+    dtype = torch.float16 if seed % 4 == 3 else torch.bfloat16
+    check(routed_problem(**random_sizes(seed), dtype=dtype), backend)
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("triton", d) for d in TOLERANCE] + [("torch", torch.bfloat16)], ids=str
+)
+def test_does_not_synchronise_with_the_host(backend: str, dtype: torch.dtype, bias: bool) -> None:
+    q, leaves = on_device(make_problem(T=256, D=64, F=32, E=8, K=2, bias=bias, dtype=dtype))
+    grad = torch.randn_like(q.x)
+
+    def run() -> None:
+        torch.autograd.grad(forward(q, backend), list(leaves.values()), grad)
+        with torch.no_grad():
+            forward(q, backend)
+
+    run()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        run(on_gpu, ids, grad)
+        run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_expanded_gradient() -> None:
-    leaves, ids, _ = problem(T=64, D=64, F=32, E=8, K=2)
-    x, weights, gate_up, down = (leaf.detach().to("cuda", torch.bfloat16).requires_grad_() for leaf in leaves)
-    expert_mlp(x, ids.cuda(), weights, gate_up, down).sum().backward()
-    assert x.grad is not None
-    assert x.grad.isfinite().all()
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast(backend: str) -> None:
+    """fp32 arguments: bf16 out, gradients in fp32."""
+    p = routed_problem(T=200, D=128, F=64, E=8, K=2, bias=True)
+    q, leaves = on_device(p)
+    grad = torch.randn(p.x.shape, device="cuda").bfloat16()
+    want_y, want = gradients(p, "reference", grad.float())
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        y = forward(q, backend)
+    assert y.dtype == torch.bfloat16
+    assert relative_error(y.detach(), want_y) <= 2e-2
+    y.backward(grad)
+    for name, leaf in leaves.items():
+        assert leaf.grad.dtype == torch.float32
+        assert relative_error(leaf.grad, want[name]) <= 2e-2, name
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [(torch.bfloat16, "highest"), (torch.float32, "high"), (torch.float32, "highest")], ids=str
+)
+def test_compiled_without_a_named_backend(dtype: torch.dtype, precision: str) -> None:
+    """The compiler follows the choice of the backend, and chooses again when what it depends on changes."""
+
+    def run(*tensors: Tensor) -> Tensor:
+        return expert_mlp(*tensors)  # type: ignore[arg-type]
+
+    torch.compiler.reset()
+    compiled = torch.compile(run, fullgraph=True)
+    q, _ = on_device(make_problem(T=300, D=64, F=32, E=8, K=2, bias=True, dtype=dtype))
+    torch.set_float32_matmul_precision("high" if precision == "highest" else "highest")
+    compiled(*q.tensors())
+    torch.set_float32_matmul_precision(precision)
+    assert torch.equal(compiled(*q.tensors()), run(*q.tensors()))
 
 
 def test_moe_compiled_under_autocast_equals_eager() -> None:
-    torch.manual_seed(0)
     config = MoEConfig(hidden_size=128, intermediate_size=64, num_experts=16, top_k=4, shared_intermediate_size=64)
     layer = MoE(config, device="cuda")
     recorder = Recorder(layer)
@@ -112,9 +175,8 @@ def test_moe_compiled_under_autocast_equals_eager() -> None:
 
 
 def test_output_of_a_token_does_not_depend_on_the_batch() -> None:
-    torch.manual_seed(0)
     layer = MoE(MoEConfig(hidden_size=128, intermediate_size=64, num_experts=8, top_k=2), device="cuda").eval()
-    x = torch.randn(512, 128, device="cuda")
+    x: Tensor = torch.randn(512, 128, device="cuda")
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
         whole, part = layer(x), layer(x[:3])
     torch.testing.assert_close(whole[:3], part, rtol=2e-2, atol=1e-4)

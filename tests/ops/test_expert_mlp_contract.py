@@ -1,12 +1,16 @@
 """`expert_mlp`: what it promises beside the values: memory, autocast, compilation, isolation of tokens, errors."""
 
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from dense_oracle import DIFFERENTIABLE, Problem, dense_gradients, make_problem, relative_error
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmoe.errors import ConfigError
 from dmoe.ops import choose_backend, expert_mlp, grouped, products
@@ -51,22 +55,28 @@ def test_memory_kept_for_the_backward(gated: bool, dtype: torch.dtype) -> None:
     assert saved_bytes(p) == T * D * size + R * H * size + parameters + routing + permutation
 
 
-def test_nothing_is_kept_without_grad(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under no_grad the operator returns a pre-activation without rows."""
-    kept = []
-    original = grouped._expert_mlp
+class _RowsOfPreActivations(TorchDispatchMode):
+    """Notes how many rows of h a forward returns."""
 
-    def spy(*args: Any) -> Any:
-        out = original(*args)
-        kept.append(out[1].shape[0])
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.dmoe.expert_mlp.default:
+            self.rows.append(out[1].shape[0])
         return out
 
-    monkeypatch.setattr(grouped, "_expert_mlp", spy)
+
+def test_nothing_is_kept_without_grad() -> None:
+    """Under no_grad the operator returns a pre-activation without rows."""
     q, _ = with_leaves(make_problem())
-    with torch.no_grad():
+    with _RowsOfPreActivations() as noted:
+        with torch.no_grad():
+            expert_mlp(*q.tensors(), backend="torch")
         expert_mlp(*q.tensors(), backend="torch")
-    expert_mlp(*q.tensors(), backend="torch")
-    assert kept == [0, 26]
+    assert noted.rows == [0, 26]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -200,11 +210,30 @@ def test_wrong_arguments_are_named(case: str, backend: str) -> None:
 
 def test_wrong_choices_are_named() -> None:
     p = make_problem()
-    with pytest.raises(ConfigError, match="backend is 'cuda': must be one of reference, torch"):
+    with pytest.raises(ConfigError, match="backend is 'cuda': must be one of reference, torch, triton"):
         expert_mlp(*p.tensors(), backend="cuda")
     with pytest.raises(ConfigError, match="activation is 'swish': must be one of silu"):
         expert_mlp(*p.tensors(), activation="swish")
     with pytest.raises(ConfigError, match="activation is 'clamped_swiglu' with plain experts"):
         expert_mlp(*make_problem(gated=False).tensors(), activation="clamped_swiglu")
-    with pytest.raises(ConfigError, match="backend is 'torch' for an fp64 input"):
-        expert_mlp(*make_problem(dtype=torch.float64).tensors(), backend="torch")
+    for backend in ("torch", "triton"):
+        with pytest.raises(ConfigError, match=f"backend is '{backend}' for an fp64 input"):
+            expert_mlp(*make_problem(dtype=torch.float64).tensors(), backend=backend)
+
+
+def test_triton_on_a_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the interpreter; one line that says what to choose instead."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ConfigError, match="backend is 'triton' for an input on cpu: must be 'torch' or None") as caught:
+        expert_mlp(*make_problem().tensors(), backend="triton")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_package_imports_no_triton() -> None:
+    code = (
+        "import sys, torch, dmoe, dmoe.ops\n"
+        "dmoe.ops.expert_mlp(torch.ones(2, 8), torch.zeros(2, 1).long(), torch.ones(2, 1), torch.ones(1, 16, 8),"
+        " torch.ones(1, 8, 8)).sum()\n"
+        "assert not [name for name in sys.modules if name.startswith(('dmoe.ops.kernels', 'dmoe.ops.triton'))]\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

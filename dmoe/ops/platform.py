@@ -1,0 +1,24 @@
+"""Whether Triton kernels run on a device."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+
+import torch
+
+HAS_TRITON = find_spec("triton") is not None
+
+
+def is_hopper(device: torch.device) -> bool:
+    """Whether kernels for compute capability 9.0 run there."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def runs_triton(device: torch.device) -> bool:
+    """A GPU with bf16 products (compute capability 8.0, or AMD's), or Triton's interpreter: TRITON_INTERPRET=1."""
+    if not HAS_TRITON:
+        return False
+    if device.type == "cuda":
+        return torch.version.hip is not None or torch.cuda.get_device_properties(device).major >= 8
+    return os.environ.get("TRITON_INTERPRET") == "1"

@@ -1,0 +1,15 @@
+"""The Triton kernels around the experts, in the interpreter."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from interpreted import run_interpreted
+
+
+def test_sorting_and_rows() -> None:
+    run_interpreted("rows_kernel_cases.py")
+
+
+def test_scores_and_topk() -> None:
+    run_interpreted("topk_kernel_cases.py")
