@@ -1,4 +1,7 @@
-"""`dmoe bench layer`: time the expert computation against a dense MLP of equal FLOPs and other ways to compute it."""
+"""`dmoe bench layer`: time the expert computation against a dense MLP of equal FLOPs and other ways to compute it.
+
+`dmoe bench tune`: measure the tiles of the GPU kernels for a layer, and extend a table of them (--json).
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ _DTYPES = ("fp32", "bf16", "fp16")
 def main(args: list[str]) -> int:
     """Print one table a data type, and write JSON if asked."""
     parser = Parser(prog="dmoe bench", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("what", choices=["layer"], help="what to time")
+    parser.add_argument("what", choices=["layer", "tune"], help="what to time")
     parser.add_argument("--shape", action="append", metavar="D,F,E,K,T", help="a shape of your own; may be repeated")
     parser.add_argument("--dtype", action="append", choices=_DTYPES, help="may be repeated; fp32 and bf16 by default")
     parser.add_argument("--device", default="auto", help='"auto", "cpu", "cuda" or "cuda:N"')
@@ -40,6 +43,10 @@ def main(args: list[str]) -> int:
     device = resolve_device(options.device, "--device")
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     shapes = own_shapes or (GPU_SHAPES if device.type == "cuda" else CPU_SHAPES)
+    if options.what == "tune":
+        from dmoe.cli.tune import tune_shapes
+
+        return tune_shapes(list(shapes), device, options.json)
     results = []
     for dtype in options.dtype or ("bf16",) if device.type == "cuda" else options.dtype or ("fp32", "bf16"):
         for shape in shapes:
