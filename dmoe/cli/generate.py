@@ -10,6 +10,9 @@ from dmoe.cli.options import apply_overrides, read_yaml
 from dmoe.config import RunConfig
 from dmoe.errors import ConfigError
 
+# Packing a model's experts takes as long as it saves over 20 to 40 tokens (OLMoE-1B-7B's layers).
+_WORTH_PACKING = 64
+
 
 def main(args: list[str]) -> int:
     """Print the prompt and its continuation."""
@@ -28,10 +31,13 @@ def main(args: list[str]) -> int:
     if options.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens is {options.max_new_tokens}: must be greater than 0")
     from dmoe.generate import generate_tokens, load_run
+    from dmoe.moe.packed import pack_experts
     from dmoe.train.device import resolve_device
 
     config = apply_overrides(RunConfig(), read_yaml(options.run / "config.yaml"))
     model, tokenizer = load_run(options.run, config, resolve_device(options.device, "--device"))
+    if options.max_new_tokens >= _WORTH_PACKING:
+        pack_experts(model)  # on a CPU
     prompt = tokenizer.encode(options.prompt)
     tokens = generate_tokens(
         model, prompt, options.max_new_tokens, temperature=options.temperature, top_k=options.top_k,

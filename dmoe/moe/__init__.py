@@ -5,6 +5,7 @@ from dmoe.moe.experts import Experts, FeedForward
 from dmoe.moe.init import init_parameters
 from dmoe.moe.layer import MoE, moe_layers, set_aux_loss_scale
 from dmoe.moe.losses import attach_loss
+from dmoe.moe.packed import pack_experts, unpack_experts
 from dmoe.moe.recorder import LoadSummary, Recorder
 from dmoe.moe.router import Router, Routing
 from dmoe.moe.stats import LayerStats
@@ -22,5 +23,7 @@ __all__ = [
     "attach_loss",
     "init_parameters",
     "moe_layers",
+    "pack_experts",
     "set_aux_loss_scale",
+    "unpack_experts",
 ]
