@@ -94,7 +94,7 @@ def _check_choices(x: Tensor, activation: str, gated: bool, backend: str) -> Non
     if backend == "triton" and not runs_triton(x.device):
         _fail(
             "backend", f"'triton' for an input on {x.device}",
-            "'torch' or None: Triton needs to be installed, and a GPU of compute capability 8.0 or its interpreter",
+            "'torch' or None: it needs Triton and a C compiler, and a GPU (compute capability 8.0) or the interpreter",
         )  # fmt: skip
 
 

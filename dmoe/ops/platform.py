@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 from importlib.util import find_spec
 
 import torch
 
-HAS_TRITON = find_spec("triton") is not None
+_HAS_TRITON = find_spec("triton") is not None
+# With these Triton builds the stub that launches a kernel, on any GPU.
+_HAS_COMPILER = "CC" in os.environ or any(map(shutil.which, ("gcc", "clang")))
 
 
 def is_hopper(device: torch.device) -> bool:
@@ -17,8 +20,9 @@ def is_hopper(device: torch.device) -> bool:
 
 def runs_triton(device: torch.device) -> bool:
     """A GPU with bf16 products (compute capability 8.0, or AMD's), or Triton's interpreter: TRITON_INTERPRET=1."""
-    if not HAS_TRITON:
+    if not _HAS_TRITON:
         return False
     if device.type == "cuda":
-        return torch.version.hip is not None or torch.cuda.get_device_properties(device).major >= 8
+        new_enough = torch.version.hip is not None or torch.cuda.get_device_properties(device).major >= 8
+        return new_enough and _HAS_COMPILER
     return os.environ.get("TRITON_INTERPRET") == "1"

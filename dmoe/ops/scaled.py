@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmoe.ops.platform import HAS_TRITON, is_hopper
+from dmoe.ops.platform import is_hopper, runs_triton
 from dmoe.ops.products import rows_times_weights
 
 E4M3 = torch.float8_e4m3fn
@@ -41,7 +41,7 @@ class Scaled(NamedTuple):
 
 def fused_kernels(t: Tensor) -> ModuleType | None:
     """`dmoe.ops.kernels.fp8` on a Hopper GPU with Triton; the expressions beside each use are what they compute."""
-    if not (HAS_TRITON and is_hopper(t.device)):
+    if not (is_hopper(t.device) and runs_triton(t.device)):
         return None
     from dmoe.ops.kernels import fp8
 
