@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dmoe.ops import expert_mlp
-from dmoe.ops.kernels.decode import GROUPED, PER_TOKEN, Tile, Tiles, choose_tiles, decode_mlp
+from dmoe.ops.kernels.decode import GROUPED, PER_TOKEN, DecodeTile, DecodeTiles, choose_decode_tiles, decode_mlp
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def graph_seconds(calls: list[Callable[[], object]], rounds: int = 15) -> float:
     return statistics.median(times[2:])
 
 
-def ours(tokens: Tokens, weights: Weights, tiles: Tiles | None) -> Tensor:
+def ours(tokens: Tokens, weights: Weights, tiles: DecodeTiles | None) -> Tensor:
     """One call of `decode_mlp`."""
     (x, ids, scale), (gate_up, down) = tokens, weights
     return decode_mlp(x, ids, scale, gate_up, down, None, None, "silu", tiles=tiles)
@@ -102,7 +102,7 @@ def theirs(tokens: Tokens, weights: Weights) -> Tensor:
     return expert_mlp(x, ids, scale, gate_up, down, backend="torch")
 
 
-def time_decode(tokens: list[Tokens], weights: Weights, tiles: Tiles | None) -> float:
+def time_decode(tokens: list[Tokens], weights: Weights, tiles: DecodeTiles | None) -> float:
     """Seconds of `decode_mlp`."""
     return graph_seconds([partial(ours, t, weights, tiles) for t in tokens])
 
@@ -113,54 +113,54 @@ def bound(shape: Shape, tokens: list[Tokens], bandwidth: float) -> float:
     return experts * 3 * shape.width * shape.expert_width * 2 / bandwidth
 
 
-def check(tokens: Tokens, weights: Weights, tiles: Tiles | None) -> None:
+def check(tokens: Tokens, weights: Weights, tiles: DecodeTiles | None) -> None:
     """A fast kernel that is wrong is no result."""
     want, got = theirs(tokens, weights).float(), ours(tokens, weights, tiles).float()
     error = ((got - want).norm() / want.norm()).item()
     assert error < 2e-2, f"{tiles}: relative error {error}"
 
 
-def per_token_candidates() -> Iterator[Tiles]:
+def per_token_candidates() -> Iterator[DecodeTiles]:
     """The default with another up or down tile."""
     for n in (1, 2, 4, 8):
         for c in (256, 512, 1024):
             for warps in (2, 4, 8):
                 for stages in (1, 2, 4):
                     if warps * 256 <= n * c <= warps * 1024:
-                        yield replace(PER_TOKEN, up=Tile(n, c, warps, stages))
+                        yield replace(PER_TOKEN, up=DecodeTile(n, c, warps, stages))
                     if warps * 32 <= n * c <= warps * 256:  # times the picks
-                        yield replace(PER_TOKEN, down=Tile(n, c, warps, stages))
+                        yield replace(PER_TOKEN, down=DecodeTile(n, c, warps, stages))
 
 
-def _fits(rows: int, tile: Tile, matrices: int) -> bool:
+def _fits(rows: int, tile: DecodeTile, matrices: int) -> bool:
     """Two programs a multiprocessor, and one stage of loads at least in flight beside the one in use."""
     stage = (matrices * tile.n + rows) * tile.c * 2
     return tile.stages * stage <= 112 * 1024
 
 
-def grouped_candidates(rows: int) -> Iterator[Tiles]:
+def grouped_candidates(rows: int) -> Iterator[DecodeTiles]:
     """The default of `rows` with another up or down tile."""
     default = GROUPED[rows]
     for n in (16, 32, 64, 128):
         for c in (64, 128, 256):
             for warps in (4, 8) if n >= 64 else (2, 4):
                 for stages in (2, 3, 4, 6):
-                    tile = Tile(n, c, warps, stages)
+                    tile = DecodeTile(n, c, warps, stages)
                     if _fits(rows, tile, 2):
                         yield replace(default, up=tile)
                     if _fits(rows, tile, 1):
                         yield replace(default, down=tile)
 
 
-def candidates(num_tokens: int, shape: Shape) -> list[Tiles]:
+def candidates(num_tokens: int, shape: Shape) -> list[DecodeTiles]:
     """Tiles worth a try: those of the table's choice, and the other numbers of rows with their defaults."""
-    chosen = choose_tiles(num_tokens, shape.top_k, shape.num_experts)
+    chosen = choose_decode_tiles(num_tokens, shape.top_k, shape.num_experts)
     found = list(per_token_candidates()) if chosen.rows == 0 else list(grouped_candidates(chosen.rows))
     others = [*GROUPED.values()] + ([PER_TOKEN] if num_tokens <= 8 and shape.top_k <= 16 else [])
     return list(dict.fromkeys([chosen, *others, *found]))
 
 
-def _compile(job: tuple[Shape, list[Tiles]]) -> list[str]:
+def _compile(job: tuple[Shape, list[DecodeTiles]]) -> list[str]:
     """In a process of its own: fill the compile cache on disk. Few experts suffice, their number is not compiled in."""
     shape, tiles = job
     experts = shape.top_k
@@ -185,7 +185,7 @@ def sweep(shape: Shape, num_tokens: int, weights: Weights, tokens: list[Tokens])
         jobs = [(shape, tried[i::workers]) for i in range(workers)]
         failures = sum(len(failed) for failed in pool.map(_compile, jobs, chunksize=1))
     print(f"  {len(tried)} candidates, {failures} do not compile or launch")
-    times: dict[Tiles, float] = {}
+    times: dict[DecodeTiles, float] = {}
     for t in tried:
         try:
             check(tokens[0], weights, t)
@@ -223,7 +223,7 @@ def main() -> None:
             check(tokens[0], weights, None)
             least, own = bound(shape, tokens, bandwidth), time_decode(tokens, weights, None)
             other = graph_seconds([partial(theirs, t, weights) for t in tokens])
-            rows = choose_tiles(num_tokens, shape.top_k, shape.num_experts).rows
+            rows = choose_decode_tiles(num_tokens, shape.top_k, shape.num_experts).rows
             print(
                 f"{name:9}{num_tokens:7}{least * 1e6:9.1f}{own * 1e6:9.1f}{other * 1e6:9.1f}{least / own:10.0%}"
                 f"  {rows or 'per token'}",

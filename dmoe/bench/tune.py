@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmoe.bench.inputs import Shape, expert_weights
+from dmoe.config import require
+from dmoe.errors import RunError
 from dmoe.ops.activations import activate, activate_backward
-from dmoe.ops.kernels.down_backward import down_backward
 from dmoe.ops.kernels.launch import Tile
 from dmoe.ops.kernels.products import rows_times_weights, weight_gradient
 from dmoe.ops.kernels.tiles import row_tiles
@@ -28,8 +29,10 @@ from dmoe.ops.kernels.tuned import KINDS
 from dmoe.ops.kernels.up import up_projection
 from dmoe.ops.permute import sort_by_expert
 from dmoe.ops.platform import is_hopper
+from dmoe.ops.triton_experts import down_backward_here
 
 MAX_ERROR = 1e-2
+_MAX_WORKERS = 16  # each holds a few experts on the GPU
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def launcher(p: Problem, kind: str, tile: Tile) -> Callable[[], tuple[Tensor, ..
         ),
         "down": lambda: (rows_times_weights(p.a_RF, p.down, tiles, True, tile),),
         "up_backward": lambda: (rows_times_weights(p.h_RH, p.gate_up, tiles, False, tile),),
-        "down_backward": lambda: down_backward(p.x_RD, p.scale_R, p.down, p.h_RH, tiles, "silu", tile),
+        "down_backward": lambda: down_backward_here(p.x_RD, p.scale_R, p.down, p.h_RH, tiles, "silu", tile),
         "gate_up_gradient": lambda: (weight_gradient(p.h_RH, p.x_RD, p.offsets_E, tile),),
         "down_gradient": lambda: (weight_gradient(p.x_RD, p.a_RF, p.offsets_E, tile),),
     }
@@ -155,7 +158,7 @@ def compile_all(shape: Shape, kinds: tuple[str, ...] = KINDS) -> dict[tuple[str,
     failed: dict[tuple[str, Tile], str] = {}
     hopper = is_hopper(torch.device("cuda"))
     jobs = [(kind, tile) for kind in kinds for tile in candidates(kind, hopper)]
-    workers = max(1, min(len(jobs), (os.cpu_count() or 2) - 1))
+    workers = max(1, min(_MAX_WORKERS, len(jobs), (os.cpu_count() or 2) - 1))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         futures = {pool.submit(_compile, shape, kind, tile): (kind, tile) for kind, tile in jobs}
         for future in as_completed(futures):
@@ -168,7 +171,7 @@ def compile_all(shape: Shape, kinds: tuple[str, ...] = KINDS) -> dict[tuple[str,
 def relative_error(got: Tensor, want: Tensor) -> float:
     """Norm of the difference over the norm, in blocks that fit beside the tensors."""
     difference = norm = 0.0
-    for a, b in zip(got.split(2**13), want.split(2**13)):
+    for a, b in zip(*(t.reshape(-1, t.shape[-1]).split(2**13) for t in (got, want))):
         difference += float((a.float() - b.float()).square().sum())
         norm += float(b.float().square().sum())
     return (difference / max(norm, 1e-30)) ** 0.5
@@ -191,7 +194,15 @@ def milliseconds(run: Callable[[], object], rounds: int = 8) -> float:
 
 
 def tune(shape: Shape, device: torch.device, kinds: tuple[str, ...] = KINDS) -> dict[str, list[Result]]:
-    """Results of each kernel, fastest first; tiles that do not compile or are wrong are left out."""
+    """Results of each kernel, fastest first; tiles that do not compile or are wrong are left out.
+
+    Raises:
+        ConfigError: a width is no multiple of 8, which the layer would pad.
+        RunError: a kernel has no tile that works; says why.
+    """
+    for name in ("hidden_size", "intermediate_size"):
+        width = getattr(shape, name)
+        require(width % 8 == 0, f"--shape {shape.name}: {name}", width, "a multiple of 8")
     failed = compile_all(shape, kinds)
     problem = make_problem(shape, device)
     results: dict[str, list[Result]] = {}
@@ -206,6 +217,9 @@ def tune(shape: Shape, device: torch.device, kinds: tuple[str, ...] = KINDS) -> 
             error = max(relative_error(a, b) for a, b in zip(run(), want))
             if error <= MAX_ERROR:
                 found.append(Result(tile, milliseconds(run) / 1e3, bound / 1e3, error))
+        if not found:
+            reasons = sorted({reason for (other, _), reason in failed.items() if other == kind})
+            raise RunError(f"bench tune: no tile of {kind} works here: {'; '.join(reasons) or 'all results are wrong'}")
         results[kind] = sorted(found, key=lambda result: result.seconds)
         del want
     return results

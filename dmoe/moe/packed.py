@@ -129,10 +129,9 @@ def unpack_experts(model: nn.Module) -> int:
 
 
 def _replace(model: nn.Module, wanted: Callable[[nn.Module], bool], make: Callable[[Any], nn.Module]) -> int:
-    count = 0
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if wanted(child):
-                setattr(parent, name, make(child))
-                count += 1
-    return count
+    # Paths and no modules, so that each is freed before the next is made.
+    paths = [path for path, module in model.named_modules() if path and wanted(module)]
+    for path in paths:
+        parent_path, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent_path), name, make(model.get_submodule(path)))
+    return len(paths)

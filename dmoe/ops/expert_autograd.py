@@ -56,7 +56,9 @@ def expert_function(forward_op: Operator, backward_op: Operator, name: str) -> t
             ctx.activation, ctx.num_options = activation, len(inputs) - 8
 
         @staticmethod
-        def backward(ctx: Any, grad_TD: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        def backward(ctx: Any, grad_TD: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+            if grad_TD is None:
+                return (None,) * (8 + ctx.num_options)
             wanted = [ctx.needs_input_grad[i] for i in (0, 2, 3, 4, 5, 6)]
             args = (grad_TD, *ctx.saved_tensors, ctx.activation, wanted)
             # The compiler cannot trace a Function inside a backward, and refuses second derivatives by itself.

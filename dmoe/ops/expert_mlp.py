@@ -12,7 +12,7 @@ from dmoe.ops.activations import ACTIVATIONS
 from dmoe.ops.fp8 import expert_mlp_fp8
 from dmoe.ops.grouped import expert_mlp_grouped
 from dmoe.ops.platform import runs_triton
-from dmoe.ops.precision import autocast_dtype, autocast_off, in_autocast
+from dmoe.ops.precision import allows_tf32, autocast_dtype, autocast_off, in_autocast
 from dmoe.ops.reference import expert_mlp_reference
 
 
@@ -29,13 +29,13 @@ def choose_backend(x: Tensor) -> str:
     """Backend that `backend=None` stands for.
 
     "triton" on NVIDIA GPUs that run its kernels, for bf16 and fp16, and for fp32 if products through tf32 are allowed
-    (`torch.backends.cuda.matmul.allow_tf32`); "reference" for fp64, which the others do not have; else "torch".
+    (`dmoe.ops.precision.allows_tf32`); "reference" for fp64, which the others do not have; else "torch".
     """
     if x.dtype == torch.float64:
         return "reference"
     if x.device.type != "cuda" or torch.version.hip is not None or not runs_triton(x.device):
         return "torch"
-    return "torch" if x.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32 else "triton"
+    return "torch" if x.dtype == torch.float32 and not allows_tf32() else "triton"
 
 
 def _fail(name: str, got: object, wanted: str) -> None:

@@ -31,6 +31,7 @@ from dmoe.ops.activations import activate, activate_backward
 from dmoe.ops.expert_autograd import expert_function, fake_backward, fake_forward
 from dmoe.ops.grouped import row_blocks, row_metadata, segment_sum
 from dmoe.ops.permute import Permutation
+from dmoe.ops.platform import on_its_device
 from dmoe.ops.products import is_batch
 from dmoe.ops.scaled import (
     ALIGNMENT,
@@ -142,6 +143,7 @@ def _activate_backward(
 
 
 @torch.library.custom_op("dmoe::expert_mlp_fp8", mutates_args=())
+@on_its_device
 def _expert_mlp_fp8(
     x_TD: Tensor,
     topk_ids_TK: Tensor,
@@ -178,6 +180,7 @@ _expert_mlp_fp8.register_fake(fake_forward(torch.int32))
 
 
 @torch.library.custom_op("dmoe::expert_mlp_fp8_backward", mutates_args=())
+@on_its_device
 def _expert_mlp_fp8_backward(
     grad_TD: Tensor,
     x_TD: Tensor,

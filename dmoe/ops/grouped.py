@@ -30,6 +30,7 @@ from dmoe.ops.activations import activate, activate_backward
 from dmoe.ops.aligned import with_aligned_widths
 from dmoe.ops.expert_autograd import expert_function, fake_backward, fake_forward
 from dmoe.ops.permute import sum_picks
+from dmoe.ops.platform import on_its_device
 from dmoe.ops.products import is_batch, permute_rows, rows_times_weights, weight_gradient
 
 # Elements per activation block on the CPU: the fp32 temporaries of a block stay in the cache of a core.
@@ -62,6 +63,7 @@ def segment_sum(rows_RC: Tensor, offsets_E: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("dmoe::expert_mlp", mutates_args=())
+@on_its_device
 def _expert_mlp(
     x_TD: Tensor,
     topk_ids_TK: Tensor,
@@ -103,6 +105,7 @@ _expert_mlp.register_fake(fake_forward(torch.int64))
 
 
 @torch.library.custom_op("dmoe::expert_mlp_backward", mutates_args=())
+@on_its_device
 def _expert_mlp_backward(
     grad_TD: Tensor,
     x_TD: Tensor,

@@ -16,10 +16,10 @@ class Permutation(NamedTuple):
     """Rows sorted by expert; within an expert, by token."""
 
     order_R: Tensor
-    """int64: sorted row r is pick `order_R[r]` of the flattened [T*K] picks, so its token is `order_R[r] // K`;
-    a row that only pads (`pad_groups`) has T*K."""
+    """int64, from the Triton sort int32: sorted row r is pick `order_R[r]` of the flattened [T*K] picks, so its token
+    is `order_R[r] // K`; a row that only pads (`pad_groups`) has T*K."""
     inverse_TK: Tensor
-    """int64: the sorted row that holds pick k of token t."""
+    """In the same dtype: the sorted row that holds pick k of token t."""
     offsets_E: Tensor
     """int32: expert e owns the sorted rows offsets_E[e-1] .. offsets_E[e]-1."""
 

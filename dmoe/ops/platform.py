@@ -1,12 +1,20 @@
-"""Whether Triton kernels run on a device."""
+"""Whether Triton kernels run on a device, and running operators there."""
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
+from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
+
+from dmoe.ops.precision import autocast_off
+
+Result = TypeVar("Result")
 
 _HAS_TRITON = find_spec("triton") is not None
 # With these Triton builds the stub that launches a kernel, on any GPU.
@@ -26,3 +34,18 @@ def runs_triton(device: torch.device) -> bool:
         new_enough = torch.version.hip is not None or torch.cuda.get_device_properties(device).major >= 8
         return new_enough and _HAS_COMPILER
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def on_its_device(function: Callable[..., Result]) -> Callable[..., Result]:
+    """For the body of an operator: its first tensor's GPU is the current one, where Triton launches, and autocast off.
+
+    A backward may be called under autocast, which would round its fp32 products.
+    """
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Result:
+        first = next(arg for arg in args if isinstance(arg, Tensor))
+        with torch.cuda.device_of(first), autocast_off(first):
+            return function(*args, **kwargs)
+
+    return run

@@ -23,3 +23,12 @@ def in_autocast(x: Tensor) -> bool:
 def autocast_off(x: Tensor) -> AbstractContextManager[object]:
     """A context without autocast on the device of `x`."""
     return contextlib.nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
+
+
+def allows_tf32() -> bool:
+    """Whether fp32 products on a GPU may go through tf32, by whichever of torch's two ways of saying so.
+
+    The compiler traces the older one alone, which raises an error after the newer one was used.
+    """
+    matmul = torch.backends.cuda.matmul
+    return bool(matmul.allow_tf32) if torch.compiler.is_compiling() else matmul.fp32_precision == "tf32"

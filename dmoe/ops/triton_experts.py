@@ -24,14 +24,14 @@ from dmoe.ops.aligned import with_aligned_widths
 from dmoe.ops.expert_autograd import expert_function, fake_backward, fake_forward
 from dmoe.ops.kernels.decode import DECODE_MAX_MEAN, DECODE_MAX_TOKENS, decode_mlp
 from dmoe.ops.kernels.down_backward import down_backward
-from dmoe.ops.kernels.launch import on_its_device
+from dmoe.ops.kernels.launch import Tile
 from dmoe.ops.kernels.products import rows_times_weights, weight_gradient
 from dmoe.ops.kernels.rows import spread_rows, sum_picks_triton
 from dmoe.ops.kernels.sorting import counting_sort
 from dmoe.ops.kernels.tiles import RowTiles, row_tiles
 from dmoe.ops.kernels.tuned import Tiles, choose_tiles
 from dmoe.ops.kernels.up import up_projection
-from dmoe.ops.platform import is_hopper
+from dmoe.ops.platform import is_hopper, on_its_device
 
 
 def _tiles(x_TD: Tensor, topk_ids_TK: Tensor, down_proj: Tensor) -> Tiles:
@@ -42,17 +42,21 @@ def _tiles(x_TD: Tensor, topk_ids_TK: Tensor, down_proj: Tensor) -> Tiles:
 _HAS_GLUON = find_spec("triton.experimental.gluon.nvidia.hopper") is not None
 
 
-def _down_backward(
-    grad_RD: Tensor, scale_R: Tensor, down_proj: Tensor, h_RH: Tensor, blocks: RowTiles, activation: str, tiles: Tiles
+def _aligned(t: Tensor) -> Tensor:
+    """For tensor descriptors, which start at multiples of 16 bytes; a part of a larger buffer may start anywhere."""
+    return t if t.data_ptr() % 16 == 0 else t.clone()
+
+
+def down_backward_here(
+    grad_RD: Tensor, scale_R: Tensor, down_proj: Tensor, h_RH: Tensor, blocks: RowTiles, activation: str, tile: Tile
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """`down_backward` in the form that this GPU runs fastest."""
     if _HAS_GLUON and is_hopper(h_RH.device):
         from dmoe.ops.kernels import hopper_down_backward as hopper
 
         if hopper.serves(h_RH, down_proj, blocks):
-            return hopper.down_backward(
-                grad_RD, scale_R, down_proj, h_RH, blocks, activation, tiles.down_backward.group_m
-            )  # fmt: skip
-    return down_backward(grad_RD, scale_R, down_proj, h_RH, blocks, activation, tiles.down_backward)
+            return hopper.down_backward(grad_RD, scale_R, down_proj, h_RH, blocks, activation, tile.group_m)
+    return down_backward(grad_RD, scale_R, down_proj, h_RH, blocks, activation, tile)
 
 
 @torch.library.custom_op("dmoe::expert_mlp_triton", mutates_args=())
@@ -69,6 +73,7 @@ def _expert_mlp(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns y_TD and, for the backward: h_RH (no rows unless `save`) and the three parts of the permutation."""
+    gate_up_proj, down_proj = _aligned(gate_up_proj), _aligned(down_proj)
     tiles = _tiles(x_TD, topk_ids_TK, down_proj)
     order_R, inverse_TK, offsets_E = counting_sort(topk_ids_TK, down_proj.shape[0])
     scale_R = topk_weights_TK.reshape(-1).index_select(0, order_R)
@@ -111,9 +116,12 @@ def _expert_mlp_backward(
     scale_R = topk_weights_TK.reshape(-1).index_select(0, order_R)
     # Contiguous whatever the strides of the gradient: that of y.sum() is an expanded scalar.
     grad_TD = grad_TD.contiguous()
+    gate_up_proj, down_proj = _aligned(gate_up_proj), _aligned(down_proj)
 
     grad_RD = spread_rows(grad_TD, inverse_TK)
-    grad_h_RH, a_RF, grad_s_R = _down_backward(grad_RD, scale_R, down_proj, h_RH, blocks, activation, tiles)
+    grad_h_RH, a_RF, grad_s_R = down_backward_here(
+        grad_RD, scale_R, down_proj, h_RH, blocks, activation, tiles.down_backward
+    )  # fmt: skip
     if needs_down:
         grad_down = weight_gradient(grad_RD, a_RF, offsets_E, tiles.down_gradient)
     del grad_RD, a_RF  # as large as x K times over: room for what follows

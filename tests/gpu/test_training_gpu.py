@@ -60,7 +60,7 @@ def count_calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         monkeypatch.setattr(module, name, count)
 
     counted(triton_experts, "up_projection", "triton forward")
-    counted(triton_experts, "_down_backward", "triton backward")
+    counted(triton_experts, "down_backward_here", "triton backward")
     counted(grouped, "rows_times_weights", "torch")
     return calls
 

@@ -398,3 +398,45 @@ def test_compiled_equals_eager(width: int, backend: str) -> None:
             y = function(*q.tensors())
             results.append([y.detach(), *torch.autograd.grad(y, list(leaves.values()), grad)])
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+class _NoGradient(torch.autograd.Function):
+    """What follows may give None for the gradient of y: it counts as zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        return None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_gradient_of_the_output(backend: str) -> None:
+    q, leaves = on_device(make_problem(bias=True, dtype=MAIN_DTYPE))
+    _NoGradient.apply(forward(q, backend)).sum().backward()
+    assert all(leaf.grad is None or not leaf.grad.any() for leaf in leaves.values())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backward_under_autocast_is_as_exact(backend: str) -> None:
+    """The backward of a loss is often called under autocast, which must not round products in fp32."""
+    p = make_problem(T=30, bias=True, dtype=MAIN_DTYPE)
+    q, leaves = on_device(p)
+    y = forward(q, backend)
+    grad = torch.randn_like(y)
+    want = torch.autograd.grad(y, list(leaves.values()), grad, retain_graph=True)
+    with torch.autocast(y.device.type, torch.bfloat16):
+        got = torch.autograd.grad(y, list(leaves.values()), grad)
+    assert all(map(torch.equal, got, want))
+
+
+def test_weights_that_start_anywhere_in_a_buffer() -> None:
+    p = make_problem(dtype=MAIN_DTYPE)
+    q, _ = on_device(p)
+    buffer = torch.cat([p.gate_up.new_zeros(3), p.gate_up.reshape(-1), p.down.reshape(-1)]).to(q.x.device)
+    gate_up, down = buffer[3:].split([p.gate_up.numel(), p.down.numel()])
+    moved = replace(q, gate_up=gate_up.view(p.gate_up.shape), down=down.view(p.down.shape))
+    assert moved.gate_up.data_ptr() % 16
+    torch.testing.assert_close(forward(moved, "triton"), forward(q, "triton"), rtol=0, atol=0)

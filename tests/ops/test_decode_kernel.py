@@ -53,10 +53,10 @@ def problem(case: str) -> Problem:
 
 def compute(case: str, way: str) -> Tensor:
     """In the subprocess. Fresh memory is NaN, so that what a kernel forgets to write shows."""
-    from dmoe.ops.kernels.decode import Tile, Tiles, decode_mlp
+    from dmoe.ops.kernels.decode import DecodeTile, DecodeTiles, decode_mlp
 
-    tile = Tile(16, 16, 4, 1)
-    tiles = None if way == "table" else Tiles(_SMALL[way], tile, tile)
+    tile = DecodeTile(16, 16, 4, 1)
+    tiles = None if way == "table" else DecodeTiles(_SMALL[way], tile, tile)
     p = problem(case)
     return decode_mlp(*p.tensors(), p.activation, tiles=tiles)  # type: ignore[arg-type]
 
@@ -73,11 +73,29 @@ def compute_or_say_why_not(case: str, way: str) -> Tensor | str:
 
 def sizes_beyond_one_chunk() -> Tensor:
     """More picks than `_group` reads at a time, in int32."""
-    from dmoe.ops.kernels.decode import Tile, Tiles, decode_mlp
+    from dmoe.ops.kernels.decode import DecodeTile, DecodeTiles, decode_mlp
 
     p = large_problem()
-    tile = Tile(16, 16, 4, 1)
-    return decode_mlp(*p.tensors(), p.activation, tiles=Tiles(64, tile, tile))  # type: ignore[arg-type]
+    tile = DecodeTile(16, 16, 4, 1)
+    return decode_mlp(*p.tensors(), p.activation, tiles=DecodeTiles(64, tile, tile))  # type: ignore[arg-type]
+
+
+def problem_with_a_bias_of_nan() -> Problem:
+    """Three picks, side by side in a tile of four; no token chooses expert 0."""
+    torch.manual_seed(6)
+    p = make_problem(T=1, D=32, F=16, E=24, K=3, bias=True)
+    p.topk_ids = p.topk_ids % 23 + 1
+    assert p.down_bias is not None
+    p.down_bias[0] = torch.nan
+    return p
+
+
+def bias_of_an_expert_that_is_not_chosen() -> Tensor:
+    from dmoe.ops.kernels.decode import PER_TOKEN, choose_decode_tiles, decode_mlp
+
+    assert choose_decode_tiles(1, 3, 24) == PER_TOKEN
+    p = problem_with_a_bias_of_nan()
+    return decode_mlp(*p.tensors(), p.activation)  # type: ignore[arg-type]
 
 
 def large_problem() -> Problem:
@@ -112,6 +130,13 @@ def test_many_picks_and_int32_ids(computed: dict[tuple[str, str], Tensor]) -> No
     assert relative_error(computed["large", "grouped"], dense_moe(large_problem())) <= 1e-5
 
 
+def test_bias_of_an_expert_that_is_not_chosen(computed: dict[tuple[str, str], Tensor]) -> None:
+    p = problem_with_a_bias_of_nan()
+    assert p.down_bias is not None
+    p.down_bias[0] = 0
+    assert relative_error(computed["bias of NaN", "per token"], dense_moe(p)) <= 1e-5
+
+
 def test_bits_do_not_change_between_runs(computed: dict[tuple[str, str], Tensor]) -> None:
     for way in ("per token", "grouped"):
         assert torch.equal(computed["masks everywhere", way], computed["again", way])
@@ -128,4 +153,5 @@ if __name__ == "__main__":
     results: dict[tuple[str, str], Tensor | str] = {pair: compute_or_say_why_not(*pair) for pair in PAIRS}
     results |= {("again", way): compute("masks everywhere", way) for way in ("per token", "grouped")}
     results["large", "grouped"] = sizes_beyond_one_chunk()
+    results["bias of NaN", "per token"] = bias_of_an_expert_that_is_not_chosen()
     torch.save(results, sys.argv[1])

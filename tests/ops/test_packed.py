@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -163,6 +164,20 @@ def test_packed_is_what_runs(layer, monkeypatch):
     monkeypatch.setattr(moe_packed, "expert_mlp", None)
     with torch.no_grad():
         layer(torch.randn(3, 16))
+
+
+def test_one_layer_at_a_time_is_in_memory_twice(layer, monkeypatch):
+    model = nn.Sequential(*(MoE(CONFIG) for _ in range(3)))
+    plain = [weakref.ref(layer.experts) for layer in model]
+    alive = []
+
+    def packed_of(experts):
+        alive.append(sum(ref() is not None for ref in plain))
+        return PackedExperts(experts)
+
+    monkeypatch.setattr(moe_packed, "PackedExperts", packed_of)
+    assert pack_experts(model) == 3
+    assert alive == [3, 2, 1]
 
 
 @torch.no_grad()

@@ -1,11 +1,15 @@
 """On which devices Triton kernels run, with a GPU's properties made up."""
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from dmoe.ops import choose_backend, platform
+
+expert_mlp = sys.modules["dmoe.ops.expert_mlp"]  # the name in dmoe.ops is the function
 
 GPU = torch.device("cuda", 0)
 
@@ -64,8 +68,25 @@ def test_backend_chosen_on_a_gpu(
     gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tf32: bool, hip: str | None, chosen: str
 ) -> None:
     monkeypatch.setattr(torch.version, "hip", hip)
-    before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, tf32
-    try:
-        assert choose_backend(SimpleNamespace(device=GPU, dtype=dtype)) == chosen  # type: ignore[arg-type]
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+    monkeypatch.setattr(expert_mlp, "allows_tf32", lambda: tf32)
+    assert choose_backend(SimpleNamespace(device=GPU, dtype=dtype)) == chosen  # type: ignore[arg-type]
+
+
+def test_tf32_is_allowed_by_either_way_of_saying_so() -> None:
+    """In a process of its own: torch refuses to read the older flag after the newer one was set."""
+    code = """
+import torch
+from dmoe.ops.precision import allows_tf32
+matmul = torch.backends.cuda.matmul
+assert not allows_tf32()
+for matmul.allow_tf32 in (True, False):
+    assert allows_tf32() is matmul.allow_tf32
+torch.set_float32_matmul_precision("high")
+assert allows_tf32()
+torch.set_float32_matmul_precision("highest")
+matmul.fp32_precision = "tf32"
+assert allows_tf32()
+matmul.fp32_precision = "ieee"
+assert not allows_tf32()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -18,7 +18,7 @@ from dmoe.ops.kernels import tuned
 from dmoe.ops.kernels.launch import Tile
 from dmoe.ops.kernels.tuned import KINDS, Entry, Tiles, adapt, choose_tiles, read_table
 
-PACKAGED = sorted(Path(tuned.__file__).with_name("tiles").glob("*.json"))
+PACKAGED = sorted(Path(tuned.__file__).with_name("tables").glob("*.json"))
 BF16 = torch.empty(1, dtype=torch.bfloat16)
 
 
@@ -241,4 +241,4 @@ def test_tables_are_packaged() -> None:
     """A table that is not in the wheel would silently be replaced by the fallback."""
     assert PACKAGED
     project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
-    assert "ops/kernels/tiles/*.json" in project
+    assert "ops/kernels/tables/*.json" in project

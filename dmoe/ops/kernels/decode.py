@@ -34,7 +34,7 @@ DECODE_MAX_MEAN = 32
 
 
 @dataclass(frozen=True)
-class Tile:
+class DecodeTile:
     """N weight rows x C columns a step, with the warps of a program and the loads in flight."""
 
     n: int
@@ -44,25 +44,25 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class Tiles:
+class DecodeTiles:
     """Tile choices of one call. `rows` picks a tile; 0 is the per-token way."""
 
     rows: int
-    up: Tile
-    down: Tile
+    up: DecodeTile
+    down: DecodeTile
 
 
 # The only tile choices. benchmarks/decode.py --sweep measures others.
-PER_TOKEN = Tiles(rows=0, up=Tile(4, 512, 4, 3), down=Tile(4, 256, 4, 1))
+PER_TOKEN = DecodeTiles(rows=0, up=DecodeTile(4, 512, 4, 3), down=DecodeTile(4, 256, 4, 1))
 GROUPED = {
-    16: Tiles(rows=16, up=Tile(32, 128, 4, 4), down=Tile(64, 128, 4, 4)),
-    32: Tiles(rows=32, up=Tile(64, 64, 4, 4), down=Tile(64, 128, 4, 4)),
-    64: Tiles(rows=64, up=Tile(64, 64, 4, 4), down=Tile(128, 64, 4, 4)),
+    16: DecodeTiles(rows=16, up=DecodeTile(32, 128, 4, 4), down=DecodeTile(64, 128, 4, 4)),
+    32: DecodeTiles(rows=32, up=DecodeTile(64, 64, 4, 4), down=DecodeTile(64, 128, 4, 4)),
+    64: DecodeTiles(rows=64, up=DecodeTile(64, 64, 4, 4), down=DecodeTile(128, 64, 4, 4)),
 }
 _PER_TOKEN_MAX_PICKS = 16  # a token's picks lie side by side in one tile
 
 
-def choose_tiles(num_tokens: int, top_k: int, num_experts: int) -> Tiles:
+def choose_decode_tiles(num_tokens: int, top_k: int, num_experts: int) -> DecodeTiles:
     """The way and its tiles, from the shape alone: what is chosen may not depend on the routing."""
     picks = num_tokens * top_k
     if top_k <= _PER_TOKEN_MAX_PICKS and (num_tokens == 1 or 8 * picks <= num_experts):
@@ -148,7 +148,8 @@ def _down_per_token(
         acc += w.to(tl.float32) * a.to(tl.float32)[:, None, :]
     y = tl.sum(acc, axis=2)
     if BIAS:
-        bias = tl.load(bias_ptr + e[:, None] * width + row[None, :]).to(tl.float32)
+        bias_ptrs = bias_ptr + e[:, None] * width + row[None, :]
+        bias = tl.load(bias_ptrs, mask=(k < top_k)[:, None], other=0.0).to(tl.float32)
         y += bias * tl.load(scale_ptr + t * top_k + k, mask=k < top_k, other=0.0)[:, None]
     y_n = tl.zeros([N], tl.float32)
     for i in tl.static_range(PICKS):  # in the order of k; a reduction over the tile would be a tree
@@ -278,7 +279,7 @@ def _sum_picks(picks_ptr, y_ptr, width, K: tl.constexpr, N: tl.constexpr):
     tl.store(y_ptr + t * width + d, acc.to(y_ptr.dtype.element_ty), mask=d < width)
 
 
-def _columns(tile: Tile, size: int, x: Tensor) -> tuple[int, bool]:
+def _columns(tile: DecodeTile, size: int, x: Tensor) -> tuple[int, bool]:
     """Columns a step for a summed dimension of `size`, half as many in fp32, and whether they divide it."""
     c = max(16, min(tile.c * 2 // x.element_size(), triton.next_power_of_2(size)))
     return c, size % c == 0
@@ -286,7 +287,7 @@ def _columns(tile: Tile, size: int, x: Tensor) -> tuple[int, bool]:
 
 def _per_token(
     x_TD: Tensor, ids_TK: Tensor, scale_TK: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None,
-    activation: str, tiles: Tiles,
+    activation: str, tiles: DecodeTiles,
 ) -> Tensor:  # fmt: skip
     (T, K), (_, D, F) = ids_TK.shape, w2.shape
     picks = triton.next_power_of_2(K)
@@ -308,7 +309,7 @@ def _per_token(
 
 def _grouped(
     x_TD: Tensor, ids_TK: Tensor, scale_TK: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None,
-    activation: str, tiles: Tiles,
+    activation: str, tiles: DecodeTiles,
 ) -> Tensor:  # fmt: skip
     (T, K), (E, D, F) = ids_TK.shape, w2.shape
     R, rows = T * K, tiles.rows
@@ -346,7 +347,7 @@ def decode_mlp(
     down_bias: Tensor | None,
     activation: str,
     *,
-    tiles: Tiles | None = None,
+    tiles: DecodeTiles | None = None,
 ) -> Tensor:
     """`dmoe.ops.expert_mlp` for few tokens, without gradients. Arguments are not checked here.
 
@@ -371,6 +372,6 @@ def decode_mlp(
     b1, b2 = (None if b is None else b.detach().contiguous() for b in (gate_up_bias, down_bias))
     if ids.numel() == 0:
         return torch.zeros_like(x)
-    tiles = tiles or choose_tiles(ids.shape[0], ids.shape[1], w2.shape[0])
+    tiles = tiles or choose_decode_tiles(ids.shape[0], ids.shape[1], w2.shape[0])
     run = _grouped if tiles.rows else _per_token
     return run(x, ids, scale, w1, w2, b1, b2, activation, tiles)

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -34,14 +29,3 @@ class Tile:
 def num_multiprocessors(device: torch.device) -> int:
     """Programs of a persistent kernel: one for each multiprocessor. Off the GPU, in the interpreter, a few."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-
-
-def on_its_device(function: Callable[..., Result]) -> Callable[..., Result]:
-    """Run a function with the GPU of its first argument as the current one, where Triton launches kernels."""
-
-    @functools.wraps(function)
-    def run(first: Tensor, *args: Any, **kwargs: Any) -> Result:
-        with torch.cuda.device_of(first):
-            return function(first, *args, **kwargs)
-
-    return run

@@ -17,6 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from dmoe.ops.kernels.launch import Tile, num_multiprocessors
 from dmoe.ops.kernels.ragged import load_rows, ragged_descriptor, store_rows
 from dmoe.ops.kernels.tiles import RowTiles, halves, place
+from dmoe.ops.precision import allows_tf32
 
 
 @triton.jit
@@ -120,16 +121,10 @@ def _weight_gradient_kernel(
             grad_desc.store([expert, m * BLOCK_M, n * BLOCK_N + half], tl.reshape(b.to(dtype), (1, BLOCK_M, half)))
 
 
-def weight_gradient(
-    left_RM: Tensor, right_RN: Tensor, offsets_E: Tensor, tile: Tile, out: Tensor | None = None
-) -> Tensor:
-    """[E, M, N]: the sum over each expert's rows of left (outer) right; zeros for an expert without rows.
-
-    Args:
-        out: contiguous, to write to.
-    """
+def weight_gradient(left_RM: Tensor, right_RN: Tensor, offsets_E: Tensor, tile: Tile) -> Tensor:
+    """[E, M, N]: the sum over each expert's rows of left (outer) right; zeros for an expert without rows."""
     num_experts, M, N = offsets_E.numel(), left_RM.shape[1], right_RN.shape[1]
-    grad_EMN = left_RM.new_empty(num_experts, M, N) if out is None else out
+    grad_EMN = left_RM.new_empty(num_experts, M, N)
     if left_RM.shape[0] == 0:
         return grad_EMN.zero_()
     _weight_gradient_kernel[(num_multiprocessors(left_RM.device),)](
@@ -145,4 +140,4 @@ def weight_gradient(
 
 def precision(dtype: torch.dtype) -> str:
     """How a product of fp32 tiles is computed: through tf32 if that was asked for, else exactly."""
-    return "tf32" if dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if dtype != torch.float32 or allows_tf32() else "ieee"

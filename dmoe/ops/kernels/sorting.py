@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dmoe.ops.permute import Permutation
+from dmoe.ops.platform import on_its_device
 
 # Rows that a program sorts in registers. Larger blocks mean fewer counters and longer runs written to memory, and
 # log2(block)^2 / 2 steps of the sort.
@@ -156,6 +157,7 @@ def _warps(block: int) -> int:
 
 
 @torch.library.custom_op("dmoe::sort_by_expert", mutates_args=())
+@on_its_device
 def _sort_by_expert(topk_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(counting_sort(topk_ids_TK, num_experts))  # type: ignore[return-value]
 

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dmoe.ops.platform import on_its_device
 from dmoe.ops.routing import MIN_SUM
 
 _ELEMENTS = 512  # logits that a program of one warp holds: 16 a thread
@@ -126,6 +127,7 @@ def _tile(num_experts: int) -> dict[str, int]:
 
 
 @torch.library.custom_op("dmoe::route", mutates_args=())
+@on_its_device
 def _route(
     logits_TE: Tensor, top_k: int, score_function: str, normalize: bool, scaling_factor: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -155,6 +157,7 @@ def _(
 
 
 @torch.library.custom_op("dmoe::route_backward", mutates_args=())
+@on_its_device
 def _route_backward(
     grad_scores_TE: Tensor | None,
     grad_weights_TK: Tensor | None,

@@ -1,8 +1,8 @@
-"""Which tile each kernel takes for a layer: read from tables of measured ones, `tiles/*.json`.
+"""Which tile each kernel takes for a layer: read from tables of measured ones, `tables/*.json`.
 
 A table belongs to a family of GPUs and has entries for layers (D, F) with a number of rows an expert. The nearest entry
 is taken, so that nothing is tuned while a model trains. `dmoe bench tune` measures entries for another layer; a file
-named by the environment variable DMOE_TILES is read after the packaged table and goes before it.
+named by the environment variable DMOE_TILES adds its entries to the packaged ones and wins a tie.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def _check(where: str, kind: str, tile: Tile, block_m: int) -> None:
 
 @functools.lru_cache
 def _entries(family: str, own: str | None) -> tuple[Entry, ...]:
-    packaged = Path(__file__).with_name("tiles") / f"{family}.json"
+    packaged = Path(__file__).with_name("tables") / f"{family}.json"
     paths = ([Path(own)] if own else []) + ([packaged] if packaged.exists() else [])
     return tuple(entry for path in paths for entry in read_table(path))
 
