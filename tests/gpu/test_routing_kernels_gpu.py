@@ -20,7 +20,7 @@ from topk_kernel_cases import *  # noqa: E402, F403
 from topk_kernel_cases import OPTIONS, check_choice, reference  # noqa: E402
 
 from dmoe.ops.kernels.rows import spread_rows, sum_picks_triton  # noqa: E402
-from dmoe.ops.kernels.sorting import sort_by_expert_triton  # noqa: E402
+from dmoe.ops.kernels.sorting import counting_sort  # noqa: E402
 from dmoe.ops.kernels.topk import route_triton  # noqa: E402
 
 LARGE = [(32768, 8, 128), (4096, 2, 8), (16384, 8, 1000), (300, 4, 60), (128, 8, 128), (70000, 1, 1)]
@@ -31,11 +31,11 @@ LARGE = [(32768, 8, 128), (4096, 2, 8), (16384, 8, 1000), (300, 4, 60), (128, 8,
 def test_sort_large(T: int, K: int, E: int, kind: str) -> None:
     ids = some_ids(T, K, E, kind).cuda()
     poison()
-    first = sort_by_expert_triton(ids, E)
+    first = counting_sort(ids, E)
     check_permutation(ids, E, first)
     for _ in range(5):
         poison()
-        again = sort_by_expert_triton(ids, E)
+        again = counting_sort(ids, E)
         assert all(torch.equal(a, b) for a, b in zip(first, again))
 
 
@@ -120,8 +120,8 @@ def test_cuda_graph(T: int) -> None:
     def layer(logits: Tensor) -> list[Tensor]:
         leaf = logits.detach().requires_grad_()
         scores, ids, weights = route_triton(leaf, 4, score_function="softmax", normalize=True)
-        permutation = sort_by_expert_triton(ids, 60)
-        rows = spread_rows(x, permutation.inverse_TK, weights_TK=weights.detach())
+        permutation = counting_sort(ids, 60)
+        rows = spread_rows(x, permutation.inverse_TK)
         y = sum_picks_triton(rows, permutation.inverse_TK)
         (grad,) = torch.autograd.grad((scores, weights), leaf, (scores.detach() * 2, weights.detach() * 3))
         return [scores.detach(), ids, weights.detach(), *permutation, rows, y, grad]

@@ -12,7 +12,7 @@ from torch import Tensor
 from dmoe.ops import sort_by_expert, sum_picks
 from dmoe.ops.kernels import sorting
 from dmoe.ops.kernels.rows import spread_rows, sum_picks_triton
-from dmoe.ops.kernels.sorting import counting_sort, sort_by_expert_triton
+from dmoe.ops.kernels.sorting import counting_sort
 
 
 def poison() -> None:
@@ -64,20 +64,7 @@ def test_sort(T: int, K: int, E: int, kind: str, dtype: torch.dtype, monkeypatch
 
 def test_sort_of_ids_that_are_not_contiguous() -> None:
     ids = some_ids(50, 4, 9).to(DEVICE)
-    check_permutation(ids.t()[1:3].t(), 9, sort_by_expert_triton(ids.t()[1:3].t(), 9))
-
-
-def test_sort_is_an_operator() -> None:
-    for T in (0, 5):
-        ids = some_ids(T, 2, 6).to(DEVICE)
-        torch.library.opcheck(torch.ops.dmoe.sort_by_expert.default, (ids, 6))
-
-
-def test_sort_compiles_to_one_graph() -> None:
-    compiled = torch.compile(lambda ids: sort_by_expert_triton(ids, 6), fullgraph=True, backend="aot_eager")
-    for T in (5, 11):
-        ids = some_ids(T, 2, 6).to(DEVICE)
-        check_permutation(ids, 6, compiled(ids))
+    check_permutation(ids.t()[1:3].t(), 9, counting_sort(ids.t()[1:3].t(), 9))
 
 
 def inverse_of(T: int, K: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -117,18 +104,16 @@ def test_sum_picks(T: int, K: int, D: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("T", "K", "D"), ROWS)
-@pytest.mark.parametrize("weighted", [False, True], ids=["", "weights"])
-def test_spread_rows(T: int, K: int, D: int, dtype: torch.dtype, weighted: bool) -> None:
+def test_spread_rows(T: int, K: int, D: int, dtype: torch.dtype) -> None:
     x = torch.randn(T, D).to(DEVICE, dtype)
     inverse = inverse_of(T, K, torch.int64 if K == 3 else torch.int32)
-    weights = torch.rand(K, T, device=DEVICE).t() if weighted else None
     want = torch.empty(T * K, D, device=DEVICE, dtype=dtype)
     for k in range(K):
-        want[inverse[:, k].long()] = x if weights is None else (x.float() * weights[:, k, None]).to(dtype)
+        want[inverse[:, k].long()] = x
     poison()
-    assert_same(spread_rows(x, inverse, weights_TK=weights), want)
+    assert_same(spread_rows(x, inverse), want)
     padded = torch.full((T * K + 3, D + 8), float("nan"), device=DEVICE, dtype=dtype)
-    spread_rows(torch.cat([x, x], 1)[:, :D], inverse, out=padded[:, :D], weights_TK=weights)
+    spread_rows(torch.cat([x, x], 1)[:, :D], inverse, out=padded[:, :D])
     assert_same(padded[: T * K, :D], want)
     assert padded[T * K :].isnan().all()
     assert padded[:, D:].isnan().all()
@@ -139,7 +124,7 @@ def test_rows_of_a_sorted_batch() -> None:
     ids = some_ids(30, 3, 8).to(DEVICE)
     x = torch.randn(30, 24, device=DEVICE)
     order, inverse, _ = sort_by_expert(ids, 8)
-    rows = spread_rows(x, sort_by_expert_triton(ids, 8).inverse_TK)
+    rows = spread_rows(x, counting_sort(ids, 8).inverse_TK)
     assert torch.equal(rows, x[order // 3])
     assert torch.equal(sum_picks_triton(rows, inverse), x + x + x)
 

@@ -41,17 +41,14 @@ def _sum_picks(
 
 @triton.jit
 def _spread_rows(
-    x_ptr, inverse_ptr, weights_ptr, out_ptr, x_stride, out_stride, width, parts,
-    WEIGHTED: tl.constexpr, TOP_K: tl.constexpr, UNROLL: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, inverse_ptr, out_ptr, x_stride, out_stride, width, parts,
+    TOP_K: tl.constexpr, UNROLL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token, columns, mask = _token_and_columns(width, parts, BLOCK)
     x = tl.load(x_ptr + token * x_stride + columns, mask=mask)
     for k in tl.range(0, TOP_K, loop_unroll_factor=UNROLL):
         row = tl.load(inverse_ptr + token * TOP_K + k).to(tl.int64)
-        value = x
-        if WEIGHTED:
-            value = (x.to(tl.float32) * tl.load(weights_ptr + token * TOP_K + k)).to(x.dtype)
-        tl.store(out_ptr + row * out_stride + columns, value, mask=mask)
+        tl.store(out_ptr + row * out_stride + columns, x, mask=mask)
 
 
 def sum_picks_triton(y_RD: Tensor, inverse_TK: Tensor, out: Tensor | None = None) -> Tensor:
@@ -76,16 +73,13 @@ def sum_picks_triton(y_RD: Tensor, inverse_TK: Tensor, out: Tensor | None = None
     return y_TD
 
 
-def spread_rows(
-    x_TD: Tensor, inverse_TK: Tensor, out: Tensor | None = None, weights_TK: Tensor | None = None
-) -> Tensor:
-    """x_RD[inverse_TK[t, k]] = x_TD[t], or x_TD[t] * weights_TK[t, k] rounded once. Not differentiable.
+def spread_rows(x_TD: Tensor, inverse_TK: Tensor, out: Tensor | None = None) -> Tensor:
+    """x_RD[inverse_TK[t, k]] = x_TD[t]. Not differentiable.
 
     Args:
         x_TD: last dimension contiguous.
         inverse_TK: int32 or int64, no row twice.
         out: [R or more, D] of the dtype of x_TD; rows that inverse_TK does not name are left as they are.
-        weights_TK: fp32; the product is taken in fp32, so x_TD is fp32, bf16 or fp16 then.
     """
     num_tokens, top_k = inverse_TK.shape
     width = x_TD.shape[1]
@@ -94,12 +88,8 @@ def spread_rows(
     if x_RD.shape[0] < num_tokens * top_k:
         raise ValueError(f"out has {x_RD.shape[0]} rows for {num_tokens * top_k} picks")
     if num_tokens and top_k and width:
-        weights = x_TD if weights_TK is None else weights_TK.contiguous()
         grid, sizes = _launch(num_tokens, top_k, width)
-        _spread_rows[grid](
-            x_TD, inverse_TK.contiguous(), weights, x_RD, x_TD.stride(0), x_RD.stride(0), width,
-            WEIGHTED=weights_TK is not None, **sizes,
-        )  # fmt: skip
+        _spread_rows[grid](x_TD, inverse_TK.contiguous(), x_RD, x_TD.stride(0), x_RD.stride(0), width, **sizes)
     return x_RD
 
 

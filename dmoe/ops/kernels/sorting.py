@@ -16,7 +16,6 @@ import triton.language as tl
 from torch import Tensor
 
 from dmoe.ops.permute import Permutation
-from dmoe.ops.platform import on_its_device
 
 # Rows that a program sorts in registers. Larger blocks mean fewer counters and longer runs written to memory, and
 # log2(block)^2 / 2 steps of the sort.
@@ -109,9 +108,11 @@ def _place_rows(
 
 
 def counting_sort(topk_ids_TK: Tensor, num_experts: int, *, block: int = _BLOCK) -> Permutation:
-    """`sort_by_expert_triton` without the operator around it, for use inside another operator.
+    """`dmoe.ops.sort_by_expert` in int32, for use inside an operator.
 
     Args:
+        topk_ids_TK: int32 or int64 expert ids in [0, num_experts), T * K < 2**31. An id outside that range is not
+            noticed and makes rows be written anywhere.
         block: rows that one program sorts, a power of two. No more rows than that take one launch.
     """
     num_rows = topk_ids_TK.numel()
@@ -154,28 +155,3 @@ def counting_sort(topk_ids_TK: Tensor, num_experts: int, *, block: int = _BLOCK)
 
 def _warps(block: int) -> int:
     return min(8, max(1, block // 128))
-
-
-@torch.library.custom_op("dmoe::sort_by_expert", mutates_args=())
-@on_its_device
-def _sort_by_expert(topk_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(counting_sort(topk_ids_TK, num_experts))  # type: ignore[return-value]
-
-
-@_sort_by_expert.register_fake
-def _(topk_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        topk_ids_TK.new_empty(topk_ids_TK.numel(), dtype=torch.int32),
-        topk_ids_TK.new_empty(topk_ids_TK.shape, dtype=torch.int32),
-        topk_ids_TK.new_empty(num_experts, dtype=torch.int32),
-    )
-
-
-def sort_by_expert_triton(topk_ids_TK: Tensor, num_experts: int) -> Permutation:
-    """`dmoe.ops.sort_by_expert` in int32: the permutation that groups picks by expert, as one node of `torch.compile`.
-
-    Args:
-        topk_ids_TK: int32 or int64 expert ids in [0, num_experts), T * K < 2**31. An id outside that range is not
-            noticed and makes rows be written anywhere.
-    """
-    return Permutation(*_sort_by_expert(topk_ids_TK, num_experts))
