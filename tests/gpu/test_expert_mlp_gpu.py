@@ -1,6 +1,6 @@
 """`expert_mlp` and `MoE` on a GPU: both backends at real sizes and at random ones against fp64, and the whole layer.
 
-Small and odd cases, bits and the compiler are in `tests/ops/expert_kernel_cases.py`, which
+Small and odd cases, bits and the compiler are in `tests/ops/expert_*_cases.py`, which
 `test_triton_experts_gpu.py` runs for both backends.
 """
 

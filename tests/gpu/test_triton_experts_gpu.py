@@ -18,8 +18,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
-pytest.register_assert_rewrite("expert_kernel_cases", "rows_kernel_cases")
+pytest.register_assert_rewrite("expert_autograd_cases", "expert_kernel_cases", "rows_kernel_cases")
 
+from expert_autograd_cases import *  # noqa: E402, F403
 from expert_kernel_cases import *  # noqa: E402, F403
 from expert_kernel_cases import assert_agrees, forward, gradients, on_device, poison  # noqa: E402
 

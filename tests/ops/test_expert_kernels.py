@@ -9,3 +9,7 @@ from interpreted import run_interpreted
 
 def test_triton_experts() -> None:
     run_interpreted("expert_kernel_cases.py")
+
+
+def test_triton_experts_under_autograd() -> None:
+    run_interpreted("expert_autograd_cases.py")
