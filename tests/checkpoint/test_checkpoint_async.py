@@ -76,7 +76,7 @@ def test_two_ranks(tmp_path):
     commands = [[sys.executable, str(worker), str(rank), str(tmp_path)] for rank in range(2)]
     ranks = [subprocess.Popen(c, env=environment, stderr=subprocess.PIPE, text=True) for c in commands]
     try:
-        errors = [process.communicate(timeout=90)[1] for process in ranks]
+        errors = [process.communicate(timeout=240)[1] for process in ranks]
     finally:
         for process in ranks:
             process.kill()

@@ -92,7 +92,7 @@ def test_two_ranks(tmp_path):
         process.start()
     try:
         for _ in processes:
-            rank, error = results.get(timeout=90)
+            rank, error = results.get(timeout=240)
             assert not error, f"rank {rank}: {error}"
     finally:
         for process in processes:

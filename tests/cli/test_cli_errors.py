@@ -235,12 +235,12 @@ def test_real_process():
     """Exit code, stderr and --debug as a shell sees them."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "dmoe", "train", "--train.steps", "0"]
-    plain = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    plain = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert plain.returncode == 2
     assert plain.stderr == "dmoe: error: train.steps is 0: must be greater than 0\n"
     assert plain.stdout == ""
     debug = subprocess.run(
-        [*command, "--debug"], env=environment, capture_output=True, text=True, timeout=60, check=False
+        [*command, "--debug"], env=environment, capture_output=True, text=True, timeout=240, check=False
     )
     assert debug.returncode != 0
     assert "Traceback" in debug.stderr

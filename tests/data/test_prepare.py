@@ -228,7 +228,7 @@ def test_killed_build_leaves_no_entry(config):
         "p.prepare(config, progress=False)"
     )
     process = start(script, replace(config, tokenizer="bytes"))
-    process.communicate(timeout=60)
+    process.communicate(timeout=240)
     assert process.returncode == -signal.SIGKILL
     (left,) = entries(config)
     assert left.startswith(".")
@@ -252,7 +252,7 @@ p._build = build_and_wait
 print(p.prepare(config, progress=False).train.meta)
 """
     processes = [start(script, config) for _ in range(2)]
-    outputs = [process.communicate(timeout=60)[0] for process in processes]
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     assert outputs[0] == outputs[1]  # training is deterministic across processes
     assert outputs[0].count("\n") == 3

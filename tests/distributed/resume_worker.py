@@ -31,7 +31,7 @@ STEPS = 3
 def rank_main(rank: int, world: int, folder: str, cases: dict[str, Case], save: bool) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store-{world}-{save}", world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=300))
     for name, case in cases.items():
         if save:
             train_and_save(case.config("fp32"), Path(folder))

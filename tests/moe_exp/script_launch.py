@@ -40,7 +40,7 @@ def start(script: str, *arguments: str, **values: object) -> subprocess.Popen:
 
 def diagnosis(process: subprocess.Popen) -> str:
     """What a script says that ends with exit code 1 and no stack trace."""
-    _, err = process.communicate(timeout=90)
+    _, err = process.communicate(timeout=240)
     assert process.returncode == 1, err
     assert "Traceback" not in err
     return err

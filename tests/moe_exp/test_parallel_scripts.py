@@ -59,7 +59,7 @@ def test_mesh_of_one_rank_and_wrong_sizes(tmp_path: Path) -> None:
         "DP x SHARD x TP is '2 x 1 x 3 = 6': must be the number of ranks, 1": alone(DP=2, TP=3),
         "parallel.ep is 2: must be a divisor of": alone(EP=2),
     }
-    out, err = right.communicate(timeout=90)
+    out, err = right.communicate(timeout=240)
     assert right.returncode == 0, err
     assert VERIFIED in out
     for expected, process in wrong.items():
@@ -78,7 +78,7 @@ def test_dmoe_on_two_ranks() -> None:
 def from_scratch(*arguments: str, **values: object) -> subprocess.CompletedProcess:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env = environment(PATH=path, MASTER_PORT=free_port(), **values)
-    return subprocess.run([SCRIPT, *arguments], env=env, capture_output=True, text=True, timeout=90)
+    return subprocess.run([SCRIPT, *arguments], env=env, capture_output=True, text=True, timeout=240)
 
 
 def test_run_moe_from_scratch(tmp_path: Path) -> None:
