@@ -1,0 +1,38 @@
+"""The dataclasses of a run: every field, its default, its meaning and the checks on it.
+
+A run is one `RunConfig`; its sections are the nested dataclasses. `dmoe.cli.options` reads YAML and the command line
+into it. All are frozen: use `dataclasses.replace`. Checks raise `ConfigError` naming the field, its value and a
+value that would be right.
+"""
+
+from dmoe.config.checks import require
+from dmoe.config.model import ModelConfig
+from dmoe.config.moe import Activation, Backend, MoEConfig
+from dmoe.config.parallel import (
+    SINGLE_STAGE_SCHEDULES,
+    SPLIT_BACKWARD_SCHEDULES,
+    V_SCHEDULES,
+    ParallelConfig,
+    Schedule,
+)
+from dmoe.config.run import RunConfig, config_to_yaml
+from dmoe.config.train import CheckpointConfig, DataConfig, OptimConfig, TrainConfig
+
+__all__ = [
+    "SINGLE_STAGE_SCHEDULES",
+    "SPLIT_BACKWARD_SCHEDULES",
+    "V_SCHEDULES",
+    "Activation",
+    "Backend",
+    "CheckpointConfig",
+    "DataConfig",
+    "MoEConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "RunConfig",
+    "Schedule",
+    "TrainConfig",
+    "config_to_yaml",
+    "require",
+]

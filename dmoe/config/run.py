@@ -1,0 +1,49 @@
+"""A whole run, and its YAML."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from dmoe.config.checks import require
+from dmoe.config.model import ModelConfig
+from dmoe.config.parallel import ParallelConfig
+from dmoe.config.train import CheckpointConfig, DataConfig, OptimConfig, TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A training run."""
+
+    preset: str = "tiny-moe"
+    """Model preset that `model` starts from; see `dmoe train --help`."""
+    run_dir: str = ""
+    """Folder of the run. "": runs/PRESET-DATE-TIME."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    def __post_init__(self) -> None:
+        require(
+            self.train.seq_len <= self.model.max_seq_len,
+            "train.seq_len", self.train.seq_len, f"at most model.max_seq_len ({self.model.max_seq_len})",
+        )  # fmt: skip
+        require(
+            self.data.tokenizer != "bpe" or self.data.vocab_size <= self.model.vocab_size,
+            "data.vocab_size", self.data.vocab_size, f"at most model.vocab_size ({self.model.vocab_size})",
+        )  # fmt: skip
+
+
+def config_to_yaml(config: Any) -> str:
+    """A config dataclass as YAML, every field written out."""
+    import yaml
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+    return yaml.safe_dump(plain(asdict(config)), sort_keys=False, allow_unicode=True)
