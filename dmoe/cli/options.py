@@ -32,7 +32,12 @@ def field_names(cls: type, prefix: str = "") -> list[str]:
             names += field_names(typing.cast(type, kind), f"{prefix}{field.name}.")
         else:
             names.append(prefix + field.name)
-    return names
+    return names + [prefix + name for name in _other_names(hints)]
+
+
+def _other_names(hints: dict[str, Any]) -> list[str]:
+    """Second names of fields, which a config takes when it is made and does not keep."""
+    return [name for name, kind in hints.items() if isinstance(kind, dataclasses.InitVar)]
 
 
 def nearest(name: str, valid: list[str]) -> str:
@@ -62,6 +67,8 @@ def convert(name: str, value: Any, kind: Any) -> Any:
         raise ConfigError(f"{name} is {value!r}: must be one of {', '.join(valid)}{nearest(str(value), valid)}")
     if origin is tuple:
         items = value.replace(",", " ").split() if isinstance(value, str) else value
+        if args[-1] is Ellipsis and isinstance(items, (list, tuple)):
+            args = args[:1] * len(items)
         if not isinstance(items, (list, tuple)) or len(items) != len(args):
             raise ConfigError(f"{name} is {value!r}: must be {len(args)} values, such as 0.9,0.95")
         return tuple(convert(name, item, arg) for item, arg in zip(items, args))
@@ -105,7 +112,7 @@ def apply_overrides(config: Config, overrides: dict[str, Any], prefix: str = "")
     """
     cls = type(config)
     hints = typing.get_type_hints(cls)
-    known = {field.name for field in dataclasses.fields(config)}  # type: ignore[arg-type]
+    known = {field.name for field in dataclasses.fields(config)}.union(_other_names(hints))  # type: ignore[arg-type]
     changes: dict[str, Any] = {}
     for key, value in overrides.items():
         name = prefix + str(key)
@@ -119,7 +126,7 @@ def apply_overrides(config: Config, overrides: dict[str, Any], prefix: str = "")
                 raise ConfigError(f"{name} is {value!r}: must be a section with fields such as {name}.{first}")
             changes[key] = apply_overrides(getattr(config, key), value, name + ".")
         else:
-            changes[key] = convert(name, value, kind)
+            changes[key] = convert(name, value, kind.type if isinstance(kind, dataclasses.InitVar) else kind)
     return dataclasses.replace(config, **changes)  # type: ignore[type-var]
 
 

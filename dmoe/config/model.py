@@ -39,10 +39,18 @@ class ModelConfig:
     """Every n-th layer is a mixture of experts. 0: a dense model."""
     first_k_dense: int = 0
     """The first k layers are dense."""
+    moe_layer_pattern: tuple[int, ...] = ()
+    """A 1 for each layer that is a mixture of experts and a 0 for each dense one, in place of the two fields above."""
     max_seq_len: int = 4096
     """Longest sequence the model takes."""
     init_std: float = 0.02
-    """Standard deviation of the initial weights; output projections are divided by sqrt(2 * num_layers)."""
+    """Standard deviation of the initial weights, with init "mup" at `init_base_width`; "mitchell" has its own."""
+    init: Literal["normal", "trunc_normal", "mitchell", "mup"] = "normal"
+    """Rule of the initial weights; see `dmoe.moe.init_parameters`."""
+    init_depth: Literal["all", "layer", "none"] = "all"
+    """Output projections are divided by sqrt(2 * num_layers), by sqrt(2 * (layer + 1)), or not scaled."""
+    init_base_width: int = 128
+    """Width at which init "mup" is init "normal"."""
     moe: MoEConfig = field(default_factory=MoEConfig)
     """The mixture-of-experts layers."""
 
@@ -50,12 +58,20 @@ class ModelConfig:
         require_types(self, "model")
         require_positive(
             self, "model", "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
-            "rope_theta", "norm_eps", "intermediate_size", "max_seq_len", "init_std",
+            "rope_theta", "norm_eps", "intermediate_size", "max_seq_len", "init_std", "init_base_width",
         )  # fmt: skip
         require_not_negative(self, "model", "moe_layer_freq", "first_k_dense")
         if self.moe_layer_freq and self.first_k_dense >= self.num_layers:
             wanted = f"less than model.num_layers ({self.num_layers}); a dense model has model.moe_layer_freq 0"
             require(False, "model.first_k_dense", self.first_k_dense, wanted)
+        if self.moe_layer_pattern:
+            pattern, wanted = self.moe_layer_pattern, f"{self.num_layers} numbers (model.num_layers), each 0 or 1"
+            require(
+                len(pattern) == self.num_layers and set(pattern) <= {0, 1}, "model.moe_layer_pattern", pattern, wanted
+            )
+            for name, default in (("moe_layer_freq", 1), ("first_k_dense", 0)):
+                value = getattr(self, name)
+                require(value == default, f"model.{name}", value, f"{default} with model.moe_layer_pattern")
         require(
             self.num_heads % self.num_kv_heads == 0,
             "model.num_heads", self.num_heads, f"divisible by model.num_kv_heads ({self.num_kv_heads})",
@@ -69,6 +85,8 @@ class ModelConfig:
 
     def moe_layers(self) -> list[int]:
         """Indices of the layers that are mixtures of experts."""
+        if self.moe_layer_pattern:
+            return [i for i, is_moe in enumerate(self.moe_layer_pattern) if is_moe]
         if self.moe_layer_freq == 0:
             return []
         return [i for i in range(self.first_k_dense, self.num_layers) if i % self.moe_layer_freq == 0]

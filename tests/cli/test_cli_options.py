@@ -23,6 +23,7 @@ from dmoe.config import (
     TrainConfig,
     config_to_yaml,
 )
+from dmoe.errors import ConfigError
 from dmoe.models import PRESETS, get_preset
 
 
@@ -93,6 +94,20 @@ def test_conversion(option, text, value):
     assert type(got) is type(value)
 
 
+def test_second_name_of_the_expert_width():
+    assert build_config("tiny-moe", ["--model.moe.expert_hidden_size", "72"]).model.moe.intermediate_size == 72
+
+
+def test_list_of_any_length(tmp_path):
+    (tmp_path / "c.yaml").write_text("preset: tiny-moe\nmodel: {moe_layer_pattern: [0, 1, 0, 1]}\n")
+    from_file = build_config(str(tmp_path / "c.yaml"), [])
+    from_line = build_config("tiny-moe", ["--model.moe_layer_pattern", "0,1,0,1"])
+    assert from_file.model == from_line.model
+    assert from_line.model.moe_layers() == [1, 3]
+    with pytest.raises(ConfigError, match=r"model.moe_layer_pattern is \(0, 1\): must be 4 numbers"):
+        build_config("tiny-moe", ["--model.moe_layer_pattern", "0,1"])
+
+
 def test_yaml_numbers_without_a_dot(tmp_path):
     # YAML 1.1 reads 3e-4 as text
     (tmp_path / "c.yml").write_text("optim: {lr: 3e-4, betas: [0, 0.5]}\ntrain: {steps: 1e3, compile: yes}\n")
@@ -115,6 +130,9 @@ def changed(config):
         special["schedule"] = "gpipe"
     if isinstance(config, MoEConfig):
         special["precision"] = "same"  # "fp8" goes with no other backend than the default
+        special |= {"routing": "topk", "softmax_after_topk": False, "n_group": 3, "topk_group": 2}
+        special |= {"router_dtype": "fp64", "drop_policy": "position"}
+    special |= {"init": "mup", "init_depth": "layer", "moe_layer_pattern": ()}
     special |= {"max_seq_len": 8192, "vocab_size": 5000, "seq_len": 100, "hidden_size": 0, "tokenizer": "a b: 'c'"}
     changes = {}
     for field in dataclasses.fields(config):
@@ -134,7 +152,15 @@ def changed(config):
     return dataclasses.replace(config, **changes)
 
 
-@pytest.mark.parametrize("moe", [{}, {"precision": "fp8", "backend": None, "intermediate_size": 272}], ids=["", "fp8"])
+FP8 = {"precision": "fp8", "backend": None, "intermediate_size": 272, "latent_size": 16}
+SINKHORN = {"routing": "sinkhorn", "score_function": "softmax", "softmax_after_topk": True} | {
+    "expert_bias_rate": 0.0,
+    "n_group": 1,
+    "topk_group": 1,
+}
+
+
+@pytest.mark.parametrize("moe", [{}, FP8, SINKHORN], ids=["", "fp8", "sinkhorn"])
 def test_yaml_round_trip(tmp_path, moe):
     config = changed(RunConfig())
     model = config.model
@@ -146,7 +172,9 @@ def test_yaml_round_trip(tmp_path, moe):
     path.write_text(config_to_yaml(config), encoding="utf-8")
     assert build_config(str(path), []) == config
     written = read_yaml(path)
-    for name in field_names(RunConfig):  # every field is written out
+    for name in field_names(RunConfig):  # every field is written out, under its first name
+        if name.endswith(".expert_hidden_size"):
+            continue
         place = written
         for part in name.split("."):
             place = place[part]
