@@ -48,7 +48,8 @@ class ModelConfig:
     init: Literal["normal", "trunc_normal", "mitchell", "mup"] = "normal"
     """Rule of the initial weights; see `dmoe.moe.init_parameters`."""
     init_depth: Literal["all", "layer", "none"] = "all"
-    """Output projections are divided by sqrt(2 * num_layers), by sqrt(2 * (layer + 1)), or not scaled."""
+    """Initial output projections are divided by sqrt(2 * num_layers), by sqrt(2 * (layer + 1)), or not; "mitchell"
+    divides by the second whatever this says."""
     init_base_width: int = 128
     """Width at which init "mup" is init "normal"."""
     moe: MoEConfig = field(default_factory=MoEConfig)
@@ -72,6 +73,9 @@ class ModelConfig:
             for name, default in (("moe_layer_freq", 1), ("first_k_dense", 0)):
                 value = getattr(self, name)
                 require(value == default, f"model.{name}", value, f"{default} with model.moe_layer_pattern")
+        if self.init == "mup":
+            wanted = 'False with model.init "mup", which scales the head unlike the embedding'
+            require(not self.tie_embeddings, "model.tie_embeddings", True, wanted)
         require(
             self.num_heads % self.num_kv_heads == 0,
             "model.num_heads", self.num_heads, f"divisible by model.num_kv_heads ({self.num_kv_heads})",

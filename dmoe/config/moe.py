@@ -67,7 +67,7 @@ class MoEConfig:
     """Weight of the router z-loss, mean(logsumexp(logits)^2). 0 turns it off."""
     expert_bias_rate: float = 0.0
     """Auxiliary-loss-free balancing: a bias on the choice of each expert moves by this much a step, up where it had
-    less than the mean load, else down (DeepSeek-V3: 0.001). 0: no such bias."""
+    less than the mean load, else down (DeepSeek-V3: 0.001), and is shifted to mean 0. 0: no such bias."""
     capacity_factor: float = 0.0
     """Each expert takes at most ceil(T * K / E * factor) of a rank's picks, and the others are dropped. 0: dropless.
     With routing "expert_choice" it takes that many (0 means 1)."""
@@ -75,7 +75,7 @@ class MoEConfig:
     """Which picks stay within the capacity: those of highest weight, or the first in the batch."""
     pad_to_capacity: bool = False
     """Compute every expert at its full capacity: shapes are static and no size is read from the device, also across
-    ranks."""
+    ranks, which must then have equally many tokens."""
     shared_intermediate_size: int = 0
     """Width of the shared expert that every token passes through. 0: none."""
     shared_expert_gate: bool = False
@@ -135,6 +135,8 @@ class MoEConfig:
         if self.routing == "expert_choice":
             wanted = 'False with moe.routing "expert_choice"'
             require(not self.softmax_after_topk, "moe.softmax_after_topk", self.softmax_after_topk, wanted)
+            wanted = '0.0 with moe.routing "expert_choice", which gives every expert as many tokens'
+            require(not self.seq_aux_loss_coef, "moe.seq_aux_loss_coef", self.seq_aux_loss_coef, wanted)
 
     def _check_groups(self) -> None:
         n_group, size = self.n_group, self.num_experts // self.n_group

@@ -35,6 +35,13 @@ class RunConfig:
             self.data.tokenizer != "bpe" or self.data.vocab_size <= self.model.vocab_size,
             "data.vocab_size", self.data.vocab_size, f"at most model.vocab_size ({self.model.vocab_size})",
         )  # fmt: skip
+        moe, train = self.model.moe, self.train
+        if train.compile:
+            wanted = 'another than "sinkhorn" with train.compile: its stop test is read on the host'
+            require(moe.routing != "sinkhorn", "model.moe.routing", moe.routing, wanted)
+        if moe.global_aux_loss_coef and train.compile and train.activation_checkpointing:
+            wanted = "0 with train.compile and train.activation_checkpointing: a recomputed graph counts the load anew"
+            require(False, "model.moe.global_aux_loss_coef", moe.global_aux_loss_coef, wanted)
 
 
 def config_to_yaml(config: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dmoe.config import ModelConfig, require
 from dmoe.models.attention import Attention, rotary_tables
-from dmoe.moe import FeedForward, MoE, init_parameters
+from dmoe.moe import FeedForward, MoE, init_parameters, moe_layers
 
 
 class DecoderLayer(nn.Module):
@@ -26,9 +25,14 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = MoE(config.layer_moe_config()) if moe else FeedForward(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x_BSD: Tensor, cos_SH: Tensor, sin_SH: Tensor) -> Tensor:
+    def forward(
+        self, x_BSD: Tensor, cos_SH: Tensor, sin_SH: Tensor, mask_BS: Tensor | None = None, ids_BS: Tensor | None = None
+    ) -> Tensor:
         x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), cos_SH, sin_SH)
-        return x_BSD + self.mlp(self.post_attention_layernorm(x_BSD))
+        normed_BSD = self.post_attention_layernorm(x_BSD)
+        if isinstance(self.mlp, MoE):
+            return x_BSD + self.mlp(normed_BSD, token_mask=mask_BS, token_ids=ids_BS)
+        return x_BSD + self.mlp(normed_BSD)
 
 
 class Decoder(nn.Module):
@@ -37,7 +41,8 @@ class Decoder(nn.Module):
     Build large models with `Decoder.on_meta(config)`, then `to_empty(device=...)` and `init_weights` or a checkpoint.
 
     `dmoe.parallel` may leave it a part of the model: some layers, not `is_first` (hidden states come in) or not
-    `is_last` (hidden states go out). `positions(n, device)` are the positions of the n tokens that this rank holds.
+    `is_last` (hidden states go out). `positions(n, device)` are the positions of the n tokens that this rank holds, and
+    `moe_columns` picks from [B, S] the columns that its MoE layers see.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -46,9 +51,13 @@ class Decoder(nn.Module):
         self.activation_checkpointing = False
         self.is_first = self.is_last = True
         self.positions: Callable[[int, torch.device], Tensor] = _all_positions
+        self.moe_columns: Callable[[Tensor], Tensor] = _all_columns
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        moe_layers = set(config.moe_layers())
-        self.layers = nn.ModuleList(DecoderLayer(config, moe=i in moe_layers) for i in range(config.num_layers))
+        mixtures = set(config.moe_layers())
+        self.layers = nn.ModuleList(DecoderLayer(config, moe=i in mixtures) for i in range(config.num_layers))
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer.mlp, MoE):
+                layer.mlp.router.hash_seed = i
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
@@ -76,26 +85,38 @@ class Decoder(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
 
     def init_weights(self, seed: int = 0) -> None:
-        """Normal weights, output projections scaled by depth; every parameter from a stream of its own."""
+        """Random weights by `config.init`, `init_depth` and `init_std`, every parameter from a stream of its own; the
+        biases of the choice are 0."""
         config = self.config
         init_parameters(
-            self, std=config.init_std, output_std=config.init_std / math.sqrt(2 * config.num_layers), seed=seed
-        )
+            self, std=config.init_std, seed=seed, rule=config.init, depth=config.init_depth,
+            num_layers=config.num_layers, base_width=config.init_base_width,
+        )  # fmt: skip
+        for layer in moe_layers(self).values():
+            layer.router.reset_buffers()
 
-    def forward(self, input_ids_BS: Tensor) -> Tensor:
-        """Logits [B, S, V] for token ids [B, S]; position s sees positions 0 to s."""
+    def forward(self, input_ids_BS: Tensor, token_mask_BS: Tensor | None = None) -> Tensor:
+        """Logits [B, S, V] for token ids [B, S]; position s sees positions 0 to s.
+
+        Args:
+            token_mask_BS: bool, False for padding, which goes to no expert and counts in no auxiliary loss. Attention
+                does not look at it: padding belongs to the right of the text. None: no padding.
+        """
         config = self.config
         seq_len = input_ids_BS.shape[1]
         if seq_len > config.max_seq_len:
             require(False, "sequence length", seq_len, f"at most model.max_seq_len ({config.max_seq_len})")
         positions_S = self.positions(seq_len, input_ids_BS.device)
         cos_SH, sin_SH = rotary_tables(positions_S, config.head_dim, config.rope_theta)
+        ids_BS = input_ids_BS if config.moe.routing == "hash" else None
+        mask_BS, ids_BS = (None if t is None else self.moe_columns(t) for t in (token_mask_BS, ids_BS))
         x_BSD = self.embed_tokens(input_ids_BS) if self.is_first else input_ids_BS
         for layer in self.blocks:
+            args = (x_BSD, cos_SH, sin_SH, mask_BS, ids_BS)
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x_BSD = checkpoint(layer, x_BSD, cos_SH, sin_SH, use_reentrant=False)
+                x_BSD = checkpoint(layer, *args, use_reentrant=False)
             else:
-                x_BSD = layer(x_BSD, cos_SH, sin_SH)
+                x_BSD = layer(*args)
         return self.lm_head(self.norm(x_BSD)) if self.is_last else x_BSD
 
     def loss(self, input_ids_BS: Tensor, targets_BS: Tensor, *, reduction: str = "mean") -> Tensor:
@@ -128,6 +149,10 @@ class Decoder(nn.Module):
 
 def _all_positions(seq_len: int, device: torch.device) -> Tensor:
     return torch.arange(seq_len, device=device)
+
+
+def _all_columns(columns_BS: Tensor) -> Tensor:
+    return columns_BS
 
 
 def _idle_params(layer: MoE) -> int:

@@ -19,7 +19,7 @@ from dmoe.moe.router import Routing
 from dmoe.ops.all_to_all import exchange_counts
 from dmoe.ops.collectives import all_gather_rows, reduce_scatter_rows
 from dmoe.ops.exchange import PAYLOADS, Exchange, Splits, start_exchange
-from dmoe.ops.permute import gather_rows, sort_by_expert, sum_rows
+from dmoe.ops.permute import Permutation, first_rows, gather_rows, sort_by_expert, sum_rows
 from dmoe.ops.precision import autocast_dtype
 
 ExpertFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -55,10 +55,11 @@ class TensorParallelDispatcher:
 class AllToAllDispatcher:
     """Expert parallelism: rank r of `group` holds experts r * e to (r + 1) * e - 1, e = E / ranks.
 
-    A row travels for each pick, with its weight and nothing else: rows are sorted by expert, so the counts, exchanged
-    before, tell the receiver whose they are. Reading those counts is the one synchronisation with the device. The
-    shared expert is computed while the rows travel. An expert gets the rows of all ranks in the order in which one
-    process would have them, and picks are added in the same order, so that the numbers are those of one rank.
+    A row travels for each pick of an expert, with its weight and nothing else; a pick of no expert (id E) stays here.
+    Rows are sorted by expert, so the counts, exchanged before, tell the receiver whose they are. Reading those counts
+    is the one synchronisation with the device. The shared expert is computed while the rows travel. An expert gets the
+    rows of all ranks in the order in which one process would have them, and picks are added in the same order, so that
+    the numbers are those of one rank.
 
     Args:
         num_experts: E, of the whole layer.
@@ -81,23 +82,40 @@ class AllToAllDispatcher:
         self, x_TD: Tensor, routing: Routing, experts: ExpertFunction, shared: SharedFunction | None
     ) -> Tensor:
         x_TD = x_TD.to(autocast_dtype(x_TD))  # to travel as what the experts compute with
+        if routing.even and not self.max_rows:
+            y_TD = self._exchange_evenly(x_TD, routing.topk_weights_TK.flatten(), experts)
+            return y_TD if shared is None else y_TD + shared(x_TD)
         permutation = sort_by_expert(routing.topk_ids_TK, self.num_experts)
         offsets_E = permutation.offsets_E.long()
         counts_We = torch.diff(offsets_E, prepend=offsets_E.new_zeros(1)).view(self.group.size(), -1)
-        rows_RD = gather_rows(x_TD, permutation)
-        weights_R = routing.topk_weights_TK.flatten().index_select(0, permutation.order_R)
+        weights_TK = routing.topk_weights_TK
         if self.max_rows:
             shared_TD = None if shared is None else shared(x_TD)
-            y_RD = self._in_chunks(rows_RD, weights_R, counts_We, experts)
+            counts_WWe = all_gather_rows(counts_We.unsqueeze(0), self.group)  # [senders, receivers, local experts]
+            blocks = counts_WWe.sum(2).tolist()
+            permutation = first_rows(permutation, sum(blocks[self.group.rank()]))
+            rows_RD, weights_R = _rows_to_send(x_TD, weights_TK, permutation)
+            y_RD = self._in_chunks(rows_RD, weights_R, counts_WWe, blocks, experts)
         else:
             received_We = exchange_counts(counts_We, self.group)
             splits = Splits(*torch.stack([counts_We.sum(1), received_We.sum(1)]).tolist())
+            permutation = first_rows(permutation, sum(splits.send))
+            rows_RD, weights_R = _rows_to_send(x_TD, weights_TK, permutation)
             exchange = start_exchange(rows_RD, weights_R, splits, self.group, payload=self.payload)
             shared_TD = None if shared is None else shared(x_TD)
             ids_S = _local_ids(received_We, sum(splits.receive))
             y_RD = self._compute_and_return(exchange, ids_S, splits, experts)
         y_TD = sum_rows(y_RD, permutation)
         return y_TD if shared_TD is None else y_TD + shared_TD
+
+    def _exchange_evenly(self, rows_RD: Tensor, weights_R: Tensor, experts: ExpertFunction) -> Tensor:
+        """Equally many rows for each expert on every rank, sorted by expert: nothing has to be counted or read."""
+        num_rows, size, num_local = rows_RD.shape[0], self.group.size(), self.num_experts // self.group.size()
+        splits = Splits([num_rows // size] * size, [num_rows // size] * size)
+        exchange = start_exchange(rows_RD, weights_R, splits, self.group, payload=self.payload)
+        ids_e = torch.arange(num_local, device=rows_RD.device)
+        ids_S = ids_e.repeat_interleave(num_rows // self.num_experts).repeat(size)
+        return self._compute_and_return(exchange, ids_S, splits, experts)
 
     def _compute_and_return(self, exchange: Exchange, ids_S: Tensor, splits: Splits, experts: ExpertFunction) -> Tensor:
         x_SD, weights_S = exchange.wait()
@@ -106,11 +124,14 @@ class AllToAllDispatcher:
         payload = "same" if self.payload == "same" else "bf16"
         return start_exchange(y_SD, None, splits.reversed(), self.group, payload=payload).wait()[0]
 
-    def _in_chunks(self, rows_RD: Tensor, weights_R: Tensor, counts_We: Tensor, experts: ExpertFunction) -> Tensor:
-        """The exchange in chunks: chunk c of n takes the c-th n-th of the rows that go from one rank to another."""
+    def _in_chunks(
+        self, rows_RD: Tensor, weights_R: Tensor, counts_WWe: Tensor, blocks: list[list[int]], experts: ExpertFunction
+    ) -> Tensor:
+        """The exchange in chunks: chunk c of n takes the c-th n-th of the rows that go from one rank to another.
+
+        blocks[s][r] rows go from s to r, counts_WWe[s, r, i] of them to its local expert i.
+        """
         size, rank = self.group.size(), self.group.rank()
-        counts_WWe = all_gather_rows(counts_We.unsqueeze(0), self.group)  # [senders, receivers, local experts]
-        blocks = counts_WWe.sum(2).tolist()
         num_chunks = _num_chunks(blocks, self.max_rows)
         sent = _pieces(blocks[rank], num_chunks)
         received = _pieces([row[rank] for row in blocks], num_chunks)
@@ -131,6 +152,11 @@ class AllToAllDispatcher:
                 results.append(compute(*args))
         by_block = [y.split([p[c] for p in sent]) for c, y in enumerate(results)]
         return torch.cat([by_block[c][w] for w in range(size) for c in range(num_chunks)])
+
+
+def _rows_to_send(x_TD: Tensor, weights_TK: Tensor, permutation: Permutation) -> tuple[Tensor, Tensor]:
+    """The token and the weight of each row."""
+    return gather_rows(x_TD, permutation), weights_TK.flatten().index_select(0, permutation.order_R)
 
 
 def _local_ids(counts_We: Tensor, num_rows: int) -> Tensor:

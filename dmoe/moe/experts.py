@@ -22,7 +22,7 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        E, D, F = config.num_experts, config.hidden_size, config.intermediate_size
+        E, D, F = config.num_experts, config.expert_input_size, config.intermediate_size
 
         def empty(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
@@ -57,7 +57,7 @@ class Experts(nn.Module):
     def extra_repr(self) -> str:
         c = self.config
         kind = "gated" if c.gated else "plain"
-        return f"{c.num_experts} x {kind} {c.activation} {c.hidden_size} -> {c.intermediate_size}, bias={c.bias}"
+        return f"{c.num_experts} x {kind} {c.activation} {c.expert_input_size} -> {c.intermediate_size}, bias={c.bias}"
 
 
 class FeedForward(nn.Module):

@@ -91,7 +91,7 @@ class PackedExperts(nn.Module):
 
     def extra_repr(self) -> str:
         c = self.config
-        return f"{c.num_experts} x packed {c.activation} {c.hidden_size} -> {c.intermediate_size}, bias={c.bias}"
+        return f"{c.num_experts} x packed {c.activation} {c.expert_input_size} -> {c.intermediate_size}, bias={c.bias}"
 
 
 def _can_pack(module: nn.Module) -> bool:

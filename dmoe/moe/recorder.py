@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dmoe.moe.batch_sums import SCALARS
 from dmoe.moe.layer import moe_layers
 from dmoe.moe.stats import LayerStats
 
@@ -16,7 +17,7 @@ class LoadSummary:
     """Statistics of one layer since the last reset."""
 
     tokens_per_expert: list[int]
-    """Picks per expert."""
+    """Picks per expert, those over its capacity too."""
     load: list[float]
     """Share of the picks per expert; sums to 1. Equal load is 1 / E."""
     max_over_mean: float
@@ -29,6 +30,13 @@ class LoadSummary:
     """Load-balancing loss without its coefficient, mean over forwards; 1 is balance."""
     z_loss: float
     """Router z-loss without its coefficient, mean over forwards."""
+    dropped: int = 0
+    """Picks that went to no expert because it was full, with `capacity_factor`."""
+    seq_aux_loss: float = 0.0
+    """Load-balancing loss of single sequences, mean over them and over forwards; 0 without `seq_aux_loss_coef`."""
+    global_aux_loss: float = 0.0
+    """Load-balancing loss with the load of the optimiser step so far, mean over forwards; `aux_loss` without
+    `global_aux_loss_coef`."""
 
 
 class Recorder:
@@ -39,8 +47,8 @@ class Recorder:
         recorder.summary()["layers.0.mlp"].max_over_mean             # synchronises with the device
         recorder.reset()
 
-    Without a recorder the layers record nothing. Attach it after the model is on its device. One at a time: a new
-    recorder replaces the old one; `detach()` ends recording.
+    Without a recorder the layers record nothing. Attach it on every rank of a batch, after the model is on its device.
+    One at a time: a new recorder replaces the old one; `detach()` ends recording.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -79,14 +87,14 @@ class Recorder:
 
     def _summarize(self, name: str) -> LoadSummary:
         counts: list[int] = self._counts[name].tolist()
-        aux_loss, z_loss, entropy = (self._scalars[name] / self._updates).tolist()
+        totals = dict(zip(SCALARS, self._scalars[name].tolist()))
+        means = {key: value / self._updates for key, value in totals.items() if key != "dropped"}
         total = max(sum(counts), 1)
         return LoadSummary(
             tokens_per_expert=counts,
             load=[c / total for c in counts],
             max_over_mean=max(counts) * len(counts) / total,
             dead_experts=counts.count(0),
-            router_entropy=entropy,
-            aux_loss=aux_loss,
-            z_loss=z_loss,
+            dropped=round(totals["dropped"]),
+            **means,
         )

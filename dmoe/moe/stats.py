@@ -1,24 +1,39 @@
 """What one forward of one layer did.
 
-A layer overwrites its `LayerStats` at every forward; `Recorder.update()` adds them up. Overwriting makes recording
-safe under activation checkpointing: the recomputed forward writes the same numbers again.
+A layer overwrites what it has of these objects at every forward; `Recorder.update()` and `LoadBalancer` add up. What
+activation checkpointing repeats is written once: the load of the step may have grown by then.
 """
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from dmoe.moe.batch_sums import BatchSums
+from dmoe.moe.batch_sums import SCALARS, BatchSums
 
 
 class LayerStats:
-    """The last forward of one layer, over all ranks: counts [E] and the scalars aux loss, z-loss, router entropy."""
+    """For `Recorder`: over all ranks, counts [E], and scalars in the order of `SCALARS`."""
 
     def __init__(self, num_experts: int, device: torch.device) -> None:
         self.tokens_per_expert_E = torch.zeros(num_experts, dtype=torch.int64, device=device)
-        self.scalars = torch.zeros(3, dtype=torch.float64, device=device)
+        self.scalars = torch.zeros(len(SCALARS), dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def write(self, sums: BatchSums) -> None:
         self.tokens_per_expert_E.copy_(sums.tokens_per_expert_E)
         self.scalars.copy_(sums.scalars)
+
+
+class StepLoad:
+    """For `LoadBalancer`: picks of each expert, over all ranks, int64 [E]."""
+
+    def __init__(self, num_experts: int, device: torch.device) -> None:
+        self.last_E = torch.zeros(num_experts, dtype=torch.int64, device=device)
+        """Of the last forward in training."""
+        self.step_E: Tensor = torch.zeros_like(self.last_E)
+        """Of the optimiser step, without forwards of the model that have not ended."""
+
+    @torch.no_grad()
+    def write(self, sums: BatchSums) -> None:
+        self.last_E.copy_(sums.tokens_per_expert_E)

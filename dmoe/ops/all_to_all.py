@@ -44,7 +44,7 @@ def all_to_all(
             has none. Counts are not checked inside torch.compile, where they may be symbols.
     """
     if not torch.compiler.is_compiling():
-        _check_counts(rows_RC, send_counts, receive_counts, dist.get_world_size(group))
+        check_counts(rows_RC, send_counts, receive_counts, dist.get_world_size(group))
     if rows_RC.dtype in NATIVE_DTYPES:
         return _exchange(rows_RC, send_counts, receive_counts, group)
     if rows_RC.requires_grad:
@@ -98,7 +98,7 @@ def _exchange(
     return funcol.wait_tensor(received)
 
 
-def _check_counts(rows: Tensor, send_counts: list[int], receive_counts: list[int], world_size: int) -> None:
+def check_counts(rows: Tensor, send_counts: list[int], receive_counts: list[int], world_size: int) -> None:
     if rows.dim() == 0:
         raise ConfigError("rows_RC has shape []: must have at least one dim, the rows")
     for name, counts in (("send_counts", send_counts), ("receive_counts", receive_counts)):

@@ -1,4 +1,4 @@
-"""Autograd over a backend's forward and backward operators."""
+"""Autograd over a backend's forward and backward operators, and what these have in common."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Operator = Callable[..., tuple[Tensor, ...]]
@@ -67,6 +68,20 @@ def expert_function(forward_op: Operator, backward_op: Operator, name: str) -> t
             return dx, None, *others, None, *([None] * ctx.num_options)
 
     return ExpertMLP
+
+
+def grad_weights_of_picks(
+    grad_s_R: Tensor, inverse_TK: Tensor, topk_ids_TK: Tensor, grad_TD: Tensor, down_bias: Tensor | None
+) -> Tensor:
+    """[T, K]: the gradient of the routing weights from that of each row, to which `down_bias` adds its part."""
+    grad_TK = F.pad(grad_s_R, (0, 1))[inverse_TK]  # a pick of no expert has the row after the last
+    if down_bias is not None:
+        # The bias of an expert times the gradient of a token, for the experts that the token chose.
+        ids_TK = topk_ids_TK.long()
+        products_TE = grad_TD.float() @ down_bias.float().t()
+        grad_TK += products_TE.gather(1, ids_TK.clamp(max=down_bias.shape[0] - 1))
+        grad_TK.masked_fill_(ids_TK >= down_bias.shape[0], 0)
+    return grad_TK
 
 
 def fake_forward(index_dtype: torch.dtype) -> Operator:

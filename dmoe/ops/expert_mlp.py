@@ -113,10 +113,15 @@ def expert_mlp(
 ) -> Tensor:
     """y_t = sum over k of weight[t, k] * MLP_{id[t, k]}(x_t), for every token, however skewed the routing.
 
+    A pick with the id E (the number of experts) is of no expert: a token over capacity, or padding. It is not computed
+    and takes no row of a matrix product. It adds 0 to the output and to every gradient, its routing weight gets the
+    gradient 0, and what that weight is, or the token of which all picks are so, or its gradient, finite or not, changes
+    nothing. A token may have several such picks.
+
     Args:
         x_TD: [T, D] tokens; T may be 0. fp32, bf16, fp16; fp64 with the reference backend.
-        topk_ids_TK: [T, K] int64 or int32, distinct expert ids in [0, E) within a row. Not checked: that would
-            synchronise with the device.
+        topk_ids_TK: [T, K] int64 or int32, distinct expert ids in [0, E) within a row, and E for no expert. Not
+            checked: that would synchronise with the device.
         topk_weights_TK: [T, K] routing weights, applied once, in fp32.
         gate_up_proj: [E, 2F, D], rows gate then up, for gated experts; [E, F, D] for plain ones. The shape decides.
         down_proj: [E, D, F].

@@ -28,8 +28,8 @@ from torch import Tensor
 from dmoe.errors import ConfigError
 from dmoe.ops import permute, products
 from dmoe.ops.activations import activate, activate_backward
-from dmoe.ops.expert_autograd import expert_function, fake_backward, fake_forward
-from dmoe.ops.grouped import row_blocks, row_metadata, segment_sum
+from dmoe.ops.expert_autograd import expert_function, fake_backward, fake_forward, grad_weights_of_picks
+from dmoe.ops.grouped import row_biases, row_blocks, row_metadata, segment_sum
 from dmoe.ops.permute import Permutation
 from dmoe.ops.platform import on_its_device
 from dmoe.ops.products import is_batch
@@ -50,13 +50,13 @@ if TYPE_CHECKING:
 # Each step between the products: a kernel of `dmoe.ops.kernels` on a Hopper GPU, else torch's operators.
 
 
-def _sort(topk_ids_TK: Tensor, gate_up_proj: Tensor, may_pad: bool) -> Permutation:
+def _sort(topk_ids_TK: Tensor, gate_up_proj: Tensor, may_resize: bool) -> Permutation:
     """The picks grouped by expert, in int32."""
     if fused_kernels(gate_up_proj):
         from dmoe.ops.kernels.sorting import counting_sort
 
         return counting_sort(topk_ids_TK, gate_up_proj.shape[0])
-    order_R, inverse_TK, offsets_E = products.permute_rows(topk_ids_TK, gate_up_proj, may_pad)
+    order_R, inverse_TK, offsets_E = products.permute_rows(topk_ids_TK, gate_up_proj, may_resize)
     return Permutation(order_R.int(), inverse_TK.int(), offsets_E)
 
 
@@ -75,6 +75,21 @@ def _sum_picks(y_RD: Tensor, inverse_TK: Tensor) -> Tensor:
 
         return sum_picks_triton(y_RD, inverse_TK)
     return permute.sum_picks(y_RD, inverse_TK)
+
+
+def _sum_products(rows: Scaled, weights: Scaled, offsets_E: Tensor, batch: bool, inverse_TK: Tensor) -> Tensor:
+    """[T, D]: the sum of each token's rows of the product. The kernel skips picks of no expert, which torch's operator
+    gives a row of zeros."""
+    zero_row = fused_kernels(rows.scales) is None
+    return _sum_picks(scaled_product(rows, weights, offsets_E, batch, zero_row=zero_row), inverse_TK)
+
+
+def _sum_biases(bias_ED: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
+    """[T, D] fp32: the sum of a token's biases times its routing weights, without rows of biases."""
+    num_experts = bias_ED.shape[0]
+    bias = F.pad(bias_ED.float(), (0, 0, 0, 1))
+    weights_TK = topk_weights_TK.masked_fill(topk_ids_TK >= num_experts, 0)
+    return F.embedding_bag(topk_ids_TK, bias, mode="sum", per_sample_weights=weights_TK)
 
 
 def _gradient_tiles(x_TD: Tensor, topk_ids_TK: Tensor, down_proj: Tensor) -> tuple[Tile | None, Tile | None]:
@@ -108,14 +123,18 @@ def _expert_sums(rows_RC: Tensor, weights_R1: Tensor | None, offsets_E: Tensor, 
 
 
 def _activate(
-    h_RH: Tensor, bias_EH: Tensor | None, experts_R: Tensor, scale_R1: Tensor, activation: str, gated: bool
-) -> Scaled:
-    """The activation times the routing weight, in 8 bits. The bias of the row's expert is first added to `h_RH`."""
+    h_RH: Tensor, bias_EH: Tensor | None, experts_R: Tensor, scale_R1: Tensor, activation: str, gated: bool,
+    offsets_E: Tensor | None = None,
+) -> Scaled:  # fmt: skip
+    """The activation times the routing weight, in 8 bits. The bias of the row's expert is first added to `h_RH`.
+
+    With `offsets_E` rows after the last expert's are undefined, else all rows are an expert's; so below.
+    """
     kernels = fused_kernels(h_RH)
     if kernels is not None:
-        return Scaled(*kernels.activate_rows(h_RH, bias_EH, experts_R, scale_R1, activation, gated))
+        return Scaled(*kernels.activate_rows(h_RH, bias_EH, experts_R, scale_R1, activation, gated, offsets_E))
     if bias_EH is not None:
-        h_RH += bias_EH.index_select(0, experts_R)
+        h_RH += row_biases(bias_EH, experts_R)
     width = h_RH.shape[1] // 2 if gated else h_RH.shape[1]
     a = Scaled(h_RH.new_empty(h_RH.shape[0], width, dtype=E4M3), scale_R1.new_empty(h_RH.shape[0]))
     for block in row_blocks(h_RH):
@@ -125,12 +144,13 @@ def _activate(
 
 
 def _activate_backward(
-    grad_a_RF: Tensor, h_RH: Tensor, scale_R1: Tensor, activation: str, gated: bool
+    grad_a_RF: Tensor, h_RH: Tensor, scale_R1: Tensor, activation: str, gated: bool, offsets_E: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Scaled]:
     """dh [R, H] and s a [R, F] in bf16, ds [R] in fp32, and dh in 8 bits, from g [R, F]."""
     kernels = fused_kernels(h_RH)
     if kernels is not None:
-        grad_h, a, grad_s, *grad_h_8 = kernels.activate_backward_rows(grad_a_RF, h_RH, scale_R1, activation, gated)
+        rows = (grad_a_RF, h_RH, scale_R1)
+        grad_h, a, grad_s, *grad_h_8 = kernels.activate_backward_rows(*rows, activation, gated, offsets_E)
         return grad_h, a, grad_s, Scaled(*grad_h_8)
     grad_h_RH, a_RF = torch.empty_like(h_RH), torch.empty_like(grad_a_RF)
     grad_s_R = scale_R1.new_empty(h_RH.shape[0])
@@ -154,25 +174,24 @@ def _expert_mlp_fp8(
     down_bias: Tensor | None,
     activation: str,
     save: bool,
-    may_pad: bool,
+    may_resize: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns what that of `dmoe.ops.grouped` does. Tensors are bf16, routing weights fp32."""
     gated = gate_up_proj.shape[1] == 2 * down_proj.shape[2]
-    permutation = _sort(topk_ids_TK, gate_up_proj, may_pad)
+    permutation = _sort(topk_ids_TK, gate_up_proj, may_resize)
     order_R, inverse_TK, offsets_E = permutation
-    batch = is_batch(order_R, inverse_TK, offsets_E)
+    batch = is_batch(x_TD, order_R, inverse_TK, offsets_E)
     tokens_R, experts_R, scale_R1 = row_metadata(order_R, topk_ids_TK, topk_weights_TK)
 
     x_RD = quantise_picks(x_TD, tokens_R, inverse_TK)
     h_RH = scaled_product(x_RD, quantise_rows(gate_up_proj), offsets_E, batch)
     del x_RD
-    a_RF = _activate(h_RH, gate_up_bias, experts_R, scale_R1, activation, gated)
+    a_RF = _activate(h_RH, gate_up_bias, experts_R, scale_R1, activation, gated, offsets_E)
     if not save:
         h_RH = h_RH.new_empty(0, h_RH.shape[1])
-    y_TD = _sum_picks(scaled_product(a_RF, quantise_rows(down_proj), offsets_E, batch), inverse_TK)
+    y_TD = _sum_products(a_RF, quantise_rows(down_proj), offsets_E, batch, inverse_TK)
     if down_bias is not None and topk_ids_TK.numel():
-        # The sum of a token's biases times its routing weights, without rows of biases.
-        y_TD += F.embedding_bag(topk_ids_TK, down_bias.float(), mode="sum", per_sample_weights=topk_weights_TK)
+        y_TD += _sum_biases(down_bias, topk_ids_TK, topk_weights_TK)
     return y_TD, h_RH, *permutation
 
 
@@ -202,7 +221,7 @@ def _expert_mlp_fp8_backward(
     none = [x_TD.new_empty(0) for _ in needs]  # an operator may not return one tensor twice
     grad_x, grad_weights, grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias = none
     gated = gate_up_proj.shape[1] == 2 * down_proj.shape[2]
-    batch = is_batch(order_R, inverse_TK, offsets_E)
+    batch = is_batch(x_TD, order_R, inverse_TK, offsets_E)
     tokens_R, _, scale_R1 = row_metadata(order_R, topk_ids_TK, topk_weights_TK)
     gate_up_tile, down_tile = _gradient_tiles(x_TD, topk_ids_TK, down_proj)
     grad_TD = grad_TD.contiguous()  # that of y.sum() is an expanded scalar
@@ -210,10 +229,10 @@ def _expert_mlp_fp8_backward(
     grad_8 = quantise_picks(grad_TD, tokens_R, inverse_TK)
     grad_a_RF = scaled_product(grad_8, quantise_columns(down_proj), offsets_E, batch)
     del grad_8
-    grad_h_RH, a_RF, grad_s_R, grad_h_8 = _activate_backward(grad_a_RF, h_RH, scale_R1, activation, gated)
+    grad_h_RH, a_RF, grad_s_R, grad_h_8 = _activate_backward(grad_a_RF, h_RH, scale_R1, activation, gated, offsets_E)
     del grad_a_RF
     if needs_x:
-        grad_x = _sum_picks(scaled_product(grad_h_8, quantise_columns(gate_up_proj), offsets_E, batch), inverse_TK)
+        grad_x = _sum_products(grad_h_8, quantise_columns(gate_up_proj), offsets_E, batch, inverse_TK)
     del grad_h_8
     if needs_down or needs_down_bias:
         grad_RD = _spread(grad_TD, tokens_R, inverse_TK)
@@ -229,10 +248,7 @@ def _expert_mlp_fp8_backward(
     if needs_gate_up_bias:
         grad_gate_up_bias = _expert_sums(grad_h_RH, None, offsets_E, gate_up_tile)
     if needs_weights:
-        grad_weights = grad_s_R[inverse_TK]
-        if down_bias is not None:
-            # The bias of an expert times the gradient of a token, for the experts that the token chose.
-            grad_weights += (grad_TD.float() @ down_bias.float().t()).gather(1, topk_ids_TK.long())
+        grad_weights = grad_weights_of_picks(grad_s_R, inverse_TK, topk_ids_TK, grad_TD, down_bias)
     return grad_x, grad_weights, grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias
 
 
@@ -271,7 +287,7 @@ def expert_mlp_fp8(
         t if t is None else t.bfloat16().contiguous() for t in (gate_up_proj, down_proj, gate_up_bias, down_bias)
     )
     args = (x_TD.bfloat16().contiguous(), topk_ids_TK, topk_weights_TK.float(), *parameters, activation)
-    may_pad = x_TD.device.type == "cpu" and not torch.compiler.is_compiling()
+    may_resize = x_TD.device.type == "cpu" and not torch.compiler.is_compiling()
     if torch.is_grad_enabled():
-        return _ExpertMLP.apply(*args, True, may_pad)[0].to(x_TD.dtype)
-    return _expert_mlp_fp8(*args, False, may_pad)[0].to(x_TD.dtype)
+        return _ExpertMLP.apply(*args, True, may_resize)[0].to(x_TD.dtype)
+    return _expert_mlp_fp8(*args, False, may_resize)[0].to(x_TD.dtype)

@@ -5,7 +5,8 @@ The same operators on CPU and GPU, but for the layout of the groups (`dmoe.ops.p
 the routing weights and the permutation. Per token that is K * H-width elements beside x; the gathered input, the
 activation and the expert outputs are not kept.
 
-Legend: T tokens, D width, K picks, R = T*K rows sorted by expert, E experts, F expert width, H = 2F (gated) or F.
+Legend: T tokens, D width, K picks, R = T*K rows sorted by expert, S = R + 1, E experts, F expert width, H = 2F (gated)
+or F.
 
 With row r of expert e belonging to token t and routing weight s, and W1, W2 the two projections of e:
 
@@ -15,6 +16,10 @@ With row r of expert e belonging to token t and routing weight s, and W1, W2 the
 
 The weight s multiplies the activation in fp32 before the down projection: it is applied once, and y_r need not be kept
 for ds. The idea of recomputing the activation from H and of ds = <W2^T dout, a> is that of SonicMoE, arXiv:2512.14080.
+
+Picks of no expert are rows after the last expert's. The products leave them out, and what they hold, NaN or not,
+reaches nothing; on the CPU they are cut off. In sums over picks they all stand for one further row, of zeros, the last
+of S.
 """
 
 from __future__ import annotations
@@ -46,12 +51,18 @@ def row_blocks(rows_RH: Tensor) -> Iterator[slice]:
 
 
 def row_metadata(order_R: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Token, expert and weight [R, 1] of each row. A row that only pads is a copy of some token with weight 0."""
-    num_tokens, top_k = topk_ids_TK.shape
-    tokens_R, ids, weights = order_R // top_k, topk_ids_TK.reshape(-1), topk_weights_TK.reshape(-1)
-    if order_R.numel() != ids.numel():
-        tokens_R, ids, weights = tokens_R.clamp_(max=num_tokens - 1), F.pad(ids, (0, 1)), F.pad(weights, (0, 1))
-    return tokens_R, ids[order_R], weights[order_R].unsqueeze(1)
+    """Token, expert and weight [R, 1] of each row. A row that only pads is a copy of another row with weight 0."""
+    tokens_from_R, ids, weights = order_R, topk_ids_TK.reshape(-1), topk_weights_TK.reshape(-1)
+    if order_R.device.type == "cpu" and order_R.numel():  # where groups may be padded
+        # Of another row, and not of any token: one without an expert may be NaN, and 0 * NaN is NaN.
+        tokens_from_R = torch.where(order_R < ids.numel(), order_R, order_R.min())
+        ids, weights = F.pad(ids, (0, 1)), F.pad(weights, (0, 1))
+    return tokens_from_R // topk_ids_TK.shape[1], ids[order_R], weights[order_R].unsqueeze(1)
+
+
+def row_biases(bias_EC: Tensor, experts_R: Tensor) -> Tensor:
+    """[R, C]: the bias of each row's expert; for a row of no expert any."""
+    return bias_EC.index_select(0, experts_R.clamp(max=bias_EC.shape[0] - 1))
 
 
 def segment_sum(rows_RC: Tensor, offsets_E: Tensor) -> Tensor:
@@ -74,31 +85,33 @@ def _expert_mlp(
     down_bias: Tensor | None,
     activation: str,
     save: bool,
-    may_pad: bool,
+    may_resize: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns y_TD and, for the backward: h_RH (no rows unless `save`) and the three parts of the permutation.
 
-    `may_pad` lets the number of rows depend on the routing: on the CPU and outside the compiler.
+    `may_resize` lets the number of rows depend on the routing: on the CPU and outside the compiler.
     """
     gated = gate_up_proj.shape[1] == 2 * down_proj.shape[2]
-    permutation = permute_rows(topk_ids_TK, gate_up_proj, may_pad)
+    permutation = permute_rows(topk_ids_TK, gate_up_proj, may_resize)
     order_R, inverse_TK, offsets_E = permutation
-    batch = is_batch(order_R, inverse_TK, offsets_E)
+    batch = is_batch(x_TD, order_R, inverse_TK, offsets_E)
     tokens_R, experts_R, scale_R1 = row_metadata(order_R, topk_ids_TK, topk_weights_TK)
 
     x_RD = x_TD.index_select(0, tokens_R)
     h_RH = rows_times_weights(x_RD, gate_up_proj.transpose(1, 2), offsets_E, batch)
     if gate_up_bias is not None:
-        h_RH += gate_up_bias.index_select(0, experts_R)
-    a_RF = x_TD.new_empty(h_RH.shape[0], down_proj.shape[2])
+        h_RH += row_biases(gate_up_bias, experts_R)
+    a_SF = x_TD.new_empty(h_RH.shape[0] + 1, down_proj.shape[2])
+    a_RF = a_SF[:-1]
     for block in row_blocks(h_RH):
         torch.mul(activate(h_RH[block], activation, gated=gated), scale_R1[block], out=a_RF[block])
-    y_RD = rows_times_weights(a_RF, down_proj.transpose(1, 2), offsets_E, batch)
+    y_SD = rows_times_weights(a_SF, down_proj.transpose(1, 2), offsets_E, batch)
     if down_bias is not None:
-        y_RD += (down_bias.index_select(0, experts_R) * scale_R1).to(y_RD.dtype)
+        y_SD[:-1] += (row_biases(down_bias, experts_R) * scale_R1).to(y_SD.dtype)
+    y_SD[-1].zero_()
     if not save:
         h_RH = h_RH.new_empty(0, h_RH.shape[1])
-    return sum_picks(y_RD, inverse_TK), h_RH, *permutation
+    return sum_picks(y_SD, inverse_TK), h_RH, *permutation
 
 
 _expert_mlp.register_fake(fake_forward(torch.int64))
@@ -125,7 +138,7 @@ def _expert_mlp_backward(
     """Gradients of x, topk_weights, gate_up_proj, down_proj and the two biases; empty where `needs` says no."""
     needs_x, needs_weights, needs_gate_up, needs_down, needs_gate_up_bias, needs_down_bias = needs
     gated = gate_up_proj.shape[1] == 2 * down_proj.shape[2]
-    batch = is_batch(order_R, inverse_TK, offsets_E)
+    batch = is_batch(x_TD, order_R, inverse_TK, offsets_E)
     tokens_R, experts_R, scale_R1 = row_metadata(order_R, topk_ids_TK, topk_weights_TK)
     none = x_TD.new_empty(0)
     grad_x = grad_weights = grad_gate_up = grad_down = grad_gate_up_bias = grad_down_bias = none
@@ -134,7 +147,8 @@ def _expert_mlp_backward(
     # refuses zero strides.
     grad_RD = grad_TD.index_select(0, tokens_R)
     grad_a_RF = rows_times_weights(grad_RD, down_proj, offsets_E, batch)
-    grad_h_RH = torch.empty_like(h_RH)
+    grad_h_SH = h_RH.new_empty(h_RH.shape[0] + 1, h_RH.shape[1])
+    grad_h_RH = grad_h_SH[:-1]
     grad_s_R = scale_R1.new_empty(order_R.shape)
     a_RF = torch.empty_like(grad_a_RF)
     for block in row_blocks(h_RH):
@@ -149,14 +163,16 @@ def _expert_mlp_backward(
         grad_down_bias = segment_sum((grad_RD * scale_R1).to(x_TD.dtype), offsets_E)
     if needs_weights:
         if down_bias is not None:
-            grad_s_R += (grad_RD * down_bias.index_select(0, experts_R)).sum(dim=1, dtype=grad_s_R.dtype)
-        grad_weights = grad_s_R[inverse_TK]
+            grad_s_R += (grad_RD * row_biases(down_bias, experts_R)).sum(dim=1, dtype=grad_s_R.dtype)
+        grad_weights = F.pad(grad_s_R, (0, 1))[inverse_TK]
     if needs_gate_up:
         grad_gate_up = weight_gradient(grad_h_RH, x_TD.index_select(0, tokens_R), offsets_E, batch)
     if needs_gate_up_bias:
         grad_gate_up_bias = segment_sum(grad_h_RH, offsets_E)
     if needs_x:
-        grad_x = sum_picks(rows_times_weights(grad_h_RH, gate_up_proj, offsets_E, batch), inverse_TK)
+        dx_SD = rows_times_weights(grad_h_SH, gate_up_proj, offsets_E, batch)
+        dx_SD[-1].zero_()
+        grad_x = sum_picks(dx_SD, inverse_TK)
     # An operator may not return one tensor twice.
     outputs = (grad_x, grad_weights, grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias)
     return tuple(t if t is not none else none.clone() for t in outputs)  # type: ignore[return-value]
@@ -171,11 +187,10 @@ _ExpertMLP = expert_function(
 
 
 def _call(x_TD: Tensor, *args: Any) -> Tensor:
-    half = x_TD.element_size() == 2
-    may_pad = half and x_TD.device.type == "cpu" and not torch.compiler.is_compiling()
+    may_resize = x_TD.device.type == "cpu" and not torch.compiler.is_compiling()
     if torch.is_grad_enabled():
-        return _ExpertMLP.apply(x_TD, *args, True, may_pad)[0]
-    return _expert_mlp(x_TD, *args, False, may_pad)[0]
+        return _ExpertMLP.apply(x_TD, *args, True, may_resize)[0]
+    return _expert_mlp(x_TD, *args, False, may_resize)[0]
 
 
 def expert_mlp_grouped(

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmoe.ops.activations import activate
-from dmoe.ops.permute import sort_by_expert, sum_picks
+from dmoe.ops.permute import first_rows, sort_by_expert, sum_picks
 
 # Rows that the layout is chosen for. It fits other numbers of rows as well.
 _TYPICAL_ROWS = 64
@@ -102,8 +102,7 @@ def _rows_computed(rows: int) -> int:
 class _Groups:
     """The rows of each expert that has any: (expert, first row, number of rows, rows to compute)."""
 
-    def __init__(self, offsets_E: Tensor) -> None:
-        ends = offsets_E.tolist()
+    def __init__(self, ends: list[int], num_picks: int) -> None:
         self.rows = ends[-1]
         self.groups = [
             (expert, start, end - start, _rows_computed(end - start))
@@ -111,8 +110,9 @@ class _Groups:
             if end > start
         ]
         # A product may run over into rows of the next experts, and its results there are dropped: no row is moved to
-        # make room. Only behind the last expert there must be more.
-        self.spare = max((start + more - self.rows for _, start, _, more in self.groups), default=0)
+        # make room. Only behind the last expert there must be more, and one for picks of no expert.
+        beyond = [start + more - self.rows for _, start, _, more in self.groups]
+        self.spare = max([int(self.rows < num_picks), *beyond])
 
     def multiply(self, rows_RM: Tensor, weights: PackedWeights, bias_EN: Tensor | None = None) -> Tensor:
         """[R, N], and `spare` rows of zeros: each expert's rows times its matrix, plus its bias."""
@@ -158,15 +158,16 @@ def expert_mlp_packed(
         [T, D] in the dtype of `x_TD`.
     """
     top_k, gated = topk_ids_TK.shape[1], gate_up_proj.shape[1] == 2 * down_proj.shape[2]
-    order_R, inverse_TK, offsets_E = sort_by_expert(topk_ids_TK, gate_up_proj.shape[0])
-    groups = _Groups(offsets_E)
-    # The spare rows are copies of token 0 with weight 0.
+    permutation = sort_by_expert(topk_ids_TK, gate_up_proj.shape[0])
+    groups = _Groups(permutation.offsets_E.tolist(), topk_ids_TK.numel())
+    order_R, inverse_TK, _ = first_rows(permutation, groups.rows)
+    # The spare rows are copies of token 0 with weight 0; their results are zeros.
     scale_R1 = F.pad(topk_weights_TK.reshape(-1).float()[order_R], (0, groups.spare)).unsqueeze(1)
     x_RD = x_TD.index_select(0, F.pad(order_R // top_k, (0, groups.spare)))
 
     h_RH = groups.multiply(x_RD, gate_up_proj, gate_up_bias)
     y_RD = groups.multiply(_activate(h_RH, scale_R1, activation, gated), down_proj)
     if down_bias is not None:
-        experts_R = F.pad(topk_ids_TK.reshape(-1)[order_R], (0, groups.spare))
-        y_RD += (down_bias.index_select(0, experts_R) * scale_R1).to(y_RD.dtype)
+        experts_R = topk_ids_TK.reshape(-1)[order_R]
+        y_RD[: groups.rows] += (down_bias.index_select(0, experts_R) * scale_R1[: groups.rows]).to(y_RD.dtype)
     return sum_picks(y_RD, inverse_TK)

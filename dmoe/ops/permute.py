@@ -1,5 +1,7 @@
 """Token permutation: group the T*K routed rows by expert, and put their results back.
 
+A pick may be of no expert, with the id E: then no row of an expert belongs to it.
+
 Legend: T tokens, K picks a token, R = T*K routed rows, E experts, D width.
 """
 
@@ -13,13 +15,13 @@ from torch import Tensor
 
 
 class Permutation(NamedTuple):
-    """Rows sorted by expert; within an expert, by token."""
+    """Rows sorted by expert; within an expert, by token. Rows of no expert come last, unless they were cut off."""
 
     order_R: Tensor
     """int64, from the Triton sort int32: sorted row r is pick `order_R[r]` of the flattened [T*K] picks, so its token
-    is `order_R[r] // K`; a row that only pads (`pad_groups`) has T*K."""
+    is `order_R[r] // K`; a row that only pads (`pad_groups`) has T*K. After the last expert's rows it is any pick."""
     inverse_TK: Tensor
-    """In the same dtype: the sorted row that holds pick k of token t."""
+    """In the same dtype: the sorted row that holds pick k of token t; R, the row after the last, for no expert."""
     offsets_E: Tensor
     """int32: expert e owns the sorted rows offsets_E[e-1] .. offsets_E[e]-1."""
 
@@ -28,21 +30,30 @@ def sort_by_expert(topk_ids_TK: Tensor, num_experts: int) -> Permutation:
     """Permutation that groups picks by expert. No host synchronisation, no data-dependent shape.
 
     Args:
-        topk_ids_TK: integer expert ids in [0, num_experts).
+        topk_ids_TK: integer expert ids in [0, num_experts]; the last of them is no expert.
     """
     flat = topk_ids_TK.reshape(-1)
     ids_R, order_R = torch.sort(flat, stable=True)
     rows = torch.arange(flat.numel(), device=flat.device)
-    inverse = torch.empty_like(order_R).scatter_(0, order_R, rows)
+    inverse = torch.empty_like(order_R).scatter_(0, order_R, rows).masked_fill_(flat >= num_experts, flat.numel())
     experts = torch.arange(num_experts, device=flat.device, dtype=ids_R.dtype)
     offsets = torch.searchsorted(ids_R, experts, right=True, out_int32=True)
     return Permutation(order_R, inverse.view(topk_ids_TK.shape), offsets)
+
+
+def first_rows(permutation: Permutation, num_rows: int) -> Permutation:
+    """The permutation without the rows of no expert, when the experts have `num_rows` rows: R becomes that."""
+    order_R, inverse_TK, offsets_E = permutation
+    return Permutation(order_R.narrow(0, 0, num_rows), inverse_TK.clamp(max=num_rows), offsets_E)
 
 
 def pad_groups(permutation: Permutation, sizes_E: Tensor) -> Permutation:
     """The same permutation with `sizes_E[e]` rows for expert e, at least as many as it has; the added ones come last.
 
     The number of rows depends on the data: the sizes are read on the host.
+
+    Args:
+        permutation: without rows of no expert (`first_rows`).
     """
     order_R, inverse_TK, offsets_E = permutation
     num_rows = order_R.numel()
@@ -51,19 +62,39 @@ def pad_groups(permutation: Permutation, sizes_E: Tensor) -> Permutation:
     # A row moves by as much as was added to the experts before its own.
     shift_E = (ends_E - sizes_E) - (offsets_E - counts_E)
     slots_R = torch.arange(num_rows, device=order_R.device) + shift_E.repeat_interleave(counts_E)
-    padded_order = order_R.new_full((int(ends_E[-1]),), num_rows).index_copy_(0, slots_R, order_R)
-    return Permutation(padded_order, slots_R[inverse_TK], ends_E.to(offsets_E.dtype))
+    num_slots = int(ends_E[-1])
+    padded_order = order_R.new_full((num_slots,), inverse_TK.numel()).index_copy_(0, slots_R, order_R)
+    slots = F.pad(slots_R, (0, 1), value=num_slots)  # of picks of no expert too
+    return Permutation(padded_order, slots[inverse_TK], ends_E.to(offsets_E.dtype))
 
 
 def sum_picks(y_RD: Tensor, inverse_TK: Tensor) -> Tensor:
     """y_TD[t] = sum over k of y_RD[inverse_TK[t, k]], added in the order of k with fp32 accumulation.
 
-    The order is fixed, so a token's sum has the same bits whatever else is in the batch. Not differentiable.
+    The order is fixed, so a token's sum has the same bits whatever else is in the batch. Not differentiable. Every
+    index must be that of a row: picks of no expert need one more, of zeros.
     """
     if inverse_TK.numel() == 0:
         return y_RD.new_zeros(inverse_TK.shape[0], y_RD.shape[1])
     # embedding_bag reads every row once and writes T rows; gather-then-sum would write R rows in between.
     return F.embedding_bag(inverse_TK, y_RD, mode="sum")
+
+
+def _sum_real_picks(y_RD: Tensor, inverse_TK: Tensor) -> Tensor:
+    """`sum_picks` of rows of experts alone (`first_rows`), without those of index R.
+
+    With fewer rows than picks the picks of a token are put next to each other, so that no row of zeros is needed, which
+    would copy the others. Inside the compiler, which does not know how many rows there are, always.
+    """
+    num_rows = y_RD.shape[0]
+    if inverse_TK.numel() == 0 or not (torch.compiler.is_compiling() or num_rows < inverse_TK.numel()):
+        return sum_picks(y_RD, inverse_TK)
+    kept_TK = inverse_TK < num_rows
+    ends_TK = kept_TK.flatten().cumsum(0).view(inverse_TK.shape)
+    places_TK = torch.where(kept_TK, ends_TK - 1, num_rows)
+    rows = inverse_TK.new_empty(num_rows + 1).scatter_(0, places_TK.flatten(), inverse_TK.flatten())
+    starts_T = (ends_TK - kept_TK.long())[:, 0]
+    return F.embedding_bag(rows.narrow(0, 0, num_rows), y_RD, starts_T, mode="sum")
 
 
 class _GatherRows(torch.autograd.Function):
@@ -77,13 +108,13 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
-        return sum_picks(grad_RD, ctx.saved_tensors[0]), None, None
+        return _sum_real_picks(grad_RD, ctx.saved_tensors[0]), None, None
 
 
 class _SumRows(torch.autograd.Function):
     @staticmethod
     def forward(y_RD: Tensor, order_R: Tensor, inverse_TK: Tensor) -> Tensor:
-        return sum_picks(y_RD, inverse_TK)
+        return _sum_real_picks(y_RD, inverse_TK)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
@@ -97,7 +128,11 @@ class _SumRows(torch.autograd.Function):
 
 
 def gather_rows(x_TD: Tensor, permutation: Permutation) -> Tensor:
-    """[R, D]: the token of each sorted row. Differentiable; the backward is `sum_rows`, so it is deterministic."""
+    """[R, D]: the token of each sorted row. Differentiable; the backward is `sum_rows`, so it is deterministic.
+
+    Args:
+        permutation: if picks may be of no expert, without their rows (`first_rows`); for `sum_rows` too.
+    """
     return _GatherRows.apply(x_TD, permutation.order_R, permutation.inverse_TK)
 
 

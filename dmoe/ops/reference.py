@@ -39,4 +39,6 @@ def expert_mlp_reference(
         picks.append(k)
         rows.append(y.to(wide))
     out_TKD = out_TKD.index_put((torch.cat(tokens), torch.cat(picks)), torch.cat(rows))
-    return (out_TKD * topk_weights_TK.to(wide).unsqueeze(-1)).sum(dim=1).to(x_TD.dtype)
+    # The weight of a pick of no expert may be anything, and 0 * NaN is NaN.
+    weights_TK = topk_weights_TK.to(wide).masked_fill(topk_ids_TK >= len(up_e), 0)
+    return (out_TKD * weights_TK.unsqueeze(-1)).sum(dim=1).to(x_TD.dtype)

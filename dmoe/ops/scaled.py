@@ -70,7 +70,8 @@ def quantise_picks(x_TD: Tensor, tokens_R: Tensor, inverse_TK: Tensor) -> Scaled
 
     Args:
         tokens_R: the token of each row.
-        inverse_TK: the rows of each token; with padded groups, rows beyond these are copies of some token.
+        inverse_TK: the rows of each token, R for none. The kernel, to which groups are never padded, leaves the others
+            undefined.
     """
     kernels = fused_kernels(x_TD)
     if kernels is not None:
@@ -90,22 +91,30 @@ def quantise_columns(weights_EMN: Tensor) -> Scaled:
     return Scaled(values_EMN.transpose(1, 2).contiguous(), scales)
 
 
-def dequantise(t: Scaled) -> Tensor:
+def dequantise(t: Scaled, out: Tensor | None = None) -> Tensor:
     """bf16, exact: 4 significant bits times a power of two."""
-    return t.values.bfloat16() * t.scales.bfloat16().unsqueeze(-1)
+    return torch.mul(t.values.bfloat16(), t.scales.bfloat16().unsqueeze(-1), out=out)
 
 
-def scaled_product(rows: Scaled, weights: Scaled, offsets_E: Tensor, batch: bool = False) -> Tensor:
+def scaled_product(
+    rows: Scaled, weights: Scaled, offsets_E: Tensor, batch: bool = False, *, zero_row: bool = False
+) -> Tensor:
     """[R, N] bf16: each expert's rows [R, M] times its weights [E, N, M], transposed, with fp32 accumulation.
 
     On a Hopper GPU torch's product of 8-bit numbers; elsewhere the same numbers in bf16, so that only the order of the
-    sums differs.
+    sums differs. Rows after the last expert's are undefined. With `zero_row` there is one row more, of zeros.
     """
+    num_rows, width = rows.values.shape
     if not is_hopper(rows.values.device):
-        return rows_times_weights(dequantise(rows), dequantise(weights).transpose(1, 2), offsets_E, batch)
-    if rows.values.shape[0] == 0:
-        return rows.scales.new_empty(0, weights.values.shape[1], dtype=torch.bfloat16)
-    return F.scaled_grouped_mm(  # type: ignore[attr-defined]
+        x = rows.scales.new_empty(num_rows + zero_row, width, dtype=torch.bfloat16)
+        dequantise(rows, out=x[:num_rows])
+        y = rows_times_weights(x, dequantise(weights).transpose(1, 2), offsets_E, batch)
+        y[num_rows:].zero_()
+        return y
+    if num_rows == 0:
+        return rows.scales.new_zeros(int(zero_row), weights.values.shape[1], dtype=torch.bfloat16)
+    y = F.scaled_grouped_mm(  # type: ignore[attr-defined]
         rows.values, weights.values.transpose(1, 2), rows.scales, F.ScalingType.RowWise, weights.scales,
         F.ScalingType.RowWise, offs=offsets_E, output_dtype=torch.bfloat16, use_fast_accum=FAST_ACCUMULATION,
     )  # fmt: skip
+    return F.pad(y, (0, 0, 0, 1)) if zero_row else y

@@ -9,6 +9,8 @@ h, the routing weights and the permutation, here with 32-bit indices. Bytes a to
 
     K * H * b  (h)  +  8 K  (order and its inverse)        and the caller's ids (4 or 8 K) and weights (4 K)
 
+Picks of no expert are rows after the last expert's: no tile covers them, and what they hold is never read.
+
 Sizes are those of the shapes alone and nothing is read back to the host, so that a CUDA graph can hold a step.
 """
 
@@ -21,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dmoe.ops.aligned import with_aligned_widths
-from dmoe.ops.expert_autograd import expert_function, fake_backward, fake_forward
+from dmoe.ops.expert_autograd import expert_function, fake_backward, fake_forward, grad_weights_of_picks
 from dmoe.ops.kernels.decode import DECODE_MAX_MEAN, DECODE_MAX_TOKENS, decode_mlp
 from dmoe.ops.kernels.down_backward import down_backward
 from dmoe.ops.kernels.launch import Tile
@@ -57,6 +59,18 @@ def down_backward_here(
         if hopper.serves(h_RH, down_proj, blocks):
             return hopper.down_backward(grad_RD, scale_R, down_proj, h_RH, blocks, activation, tile.group_m)
     return down_backward(grad_RD, scale_R, down_proj, h_RH, blocks, activation, tile)
+
+
+def _grad_down_bias(grad_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, num_experts: int) -> Tensor:
+    """[E, D]: the sum of the gradients of an expert's tokens times their routing weights, as one dense product."""
+    # A further column takes the weights of picks of no expert; four of them keep rows aligned. A token without an
+    # expert has weights of 0 alone, but 0 * NaN is NaN.
+    weights_TE = topk_weights_TK.new_zeros(grad_TD.shape[0], num_experts + 4).scatter_(
+        1, topk_ids_TK.long(), topk_weights_TK
+    )  # fmt: skip
+    unused_T1 = (topk_ids_TK >= num_experts).all(dim=1, keepdim=True)
+    grad = weights_TE[:, :num_experts].t() @ grad_TD.float().masked_fill(unused_T1, 0)
+    return grad.to(grad_TD.dtype)
 
 
 @torch.library.custom_op("dmoe::expert_mlp_triton", mutates_args=())
@@ -132,18 +146,12 @@ def _expert_mlp_backward(
     if needs_gate_up:
         grad_gate_up = weight_gradient(grad_h_RH, spread_rows(x_TD, inverse_TK), offsets_E, tiles.gate_up_gradient)
     if needs_weights:
-        grad_weights = grad_s_R[inverse_TK]
-        if down_bias is not None:
-            # The bias of an expert times the gradient of a token, for the experts that the token chose.
-            grad_weights += (grad_TD.float() @ down_bias.float().t()).gather(1, topk_ids_TK.long())
+        grad_weights = grad_weights_of_picks(grad_s_R, inverse_TK, topk_ids_TK, grad_TD, down_bias)
     if needs_gate_up_bias:
         ones_R8 = grad_h_RH.new_ones(grad_h_RH.shape[0], 8)
         grad_gate_up_bias = weight_gradient(grad_h_RH, ones_R8, offsets_E, tiles.gate_up_gradient)[:, :, 0].contiguous()
     if needs_down_bias:
-        weights_TE = scale_R.new_zeros(x_TD.shape[0], down_proj.shape[0]).scatter_(
-            1, topk_ids_TK.long(), topk_weights_TK
-        )  # fmt: skip
-        grad_down_bias = (weights_TE.t() @ grad_TD.float()).to(x_TD.dtype)
+        grad_down_bias = _grad_down_bias(grad_TD, topk_ids_TK, topk_weights_TK, down_proj.shape[0])
     return grad_x, grad_weights, grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias
 
 

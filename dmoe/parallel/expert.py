@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from dmoe.moe import moe_layers
+from dmoe.moe import BatchGroups, moe_layers
 from dmoe.moe.dispatch import AllToAllDispatcher
 from dmoe.parallel.mesh import ParallelMesh
 
@@ -13,8 +13,8 @@ from dmoe.parallel.mesh import ParallelMesh
 def apply_expert_parallel(part: nn.Module, mesh: ParallelMesh) -> None:
     """Tell every MoE layer which ranks share its batch and, with ep > 1, spread its experts. In place."""
     for layer in moe_layers(part).values():
-        if mesh.batch_group.size() > 1:
-            layer.batch_group = mesh.batch_group
+        batch, sequence = (group if group.size() > 1 else None for group in (mesh.batch_group, mesh.sequence_group))
+        layer.groups = BatchGroups(batch, sequence)
         if mesh.config.ep == 1:
             continue
         axis = mesh.experts["ep"]

@@ -57,7 +57,7 @@ def apply_fsdp(part: Decoder, mesh: ParallelMesh, expert_dtype: torch.dtype | No
 def _expert_placements(moe: MoE, mesh: ParallelMesh, size: int) -> Callable[[nn.Parameter], Shard | None]:
     """Experts are cut by expert, or, when there are more ranks than experts, by model width: FSDP would fill a cut of
     too few experts up, and every rank would gather the filling."""
-    width, num_local = moe.config.hidden_size, moe.config.num_experts // mesh.config.ep
+    width, num_local = moe.config.expert_input_size, moe.config.num_experts // mesh.config.ep
     by_width = size > num_local and width % size == 0
     dims = {"gate_up_proj": 2, "up_proj": 2, "down_proj": 1}
     placements = {

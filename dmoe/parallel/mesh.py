@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from dmoe.config import SPLIT_BACKWARD_SCHEDULES, ModelConfig, ParallelConfig, TrainConfig, require
+from dmoe.config import SPLIT_BACKWARD_SCHEDULES, ModelConfig, MoEConfig, ParallelConfig, TrainConfig, require
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class ParallelMesh:
     """("rest", "cp", "tp"): for the group over which a sequence is split."""
     batch: DeviceMesh
     """("pp", "batch"): for the group that shares one batch in a pipeline stage."""
+    sequence: DeviceMesh
+    """("rest", "sequence"): for the cp x tp ranks that share sequences."""
 
     @property
     def dp_size(self) -> int:
@@ -48,6 +50,11 @@ class ParallelMesh:
     def batch_group(self) -> dist.ProcessGroup:
         """Ranks with the same layers and tokens of the same batch."""
         return self.batch.get_group("batch")
+
+    @property
+    def sequence_group(self) -> dist.ProcessGroup:
+        """Ranks with parts of the same sequences, and the same layers."""
+        return self.sequence.get_group("sequence")
 
     def data_axes(self, view: DeviceMesh) -> DeviceMesh | None:
         """The part of `view` that FSDP uses: 2-D with dp_replicate, else 1-D; None if it is one rank."""
@@ -95,6 +102,7 @@ def build_mesh(config: ParallelConfig, *, device_type: str = "cpu") -> ParallelM
         experts=view(pp=pp, dp_replicate=replicas, efsdp=fsdp * tp // config.ep, ep=config.ep),
         context=view(rest=pp * replicas * config.dp_shard, cp=config.cp, tp=tp),
         batch=view(pp=pp, batch=replicas * fsdp * tp),
+        sequence=view(rest=pp * replicas * config.dp_shard, sequence=config.cp * tp),
     )
 
 
@@ -127,6 +135,7 @@ def check_model(config: ParallelConfig, model: ModelConfig, train: TrainConfig) 
         divides("tp", config.tp, "model.num_heads", model.num_heads)
         divides("tp", config.tp, "model.num_kv_heads", model.num_kv_heads)
     if model.moe_layers():
+        check_moe(config, model.moe)
         divides("ep", config.ep, "model.moe.num_experts", model.moe.num_experts)
         if config.ep == 1:
             divides("tp", config.tp, "model.moe.intermediate_size", model.moe.intermediate_size)
@@ -143,6 +152,13 @@ def check_model(config: ParallelConfig, model: ModelConfig, train: TrainConfig) 
     )  # fmt: skip
     if config.pp > 1:
         check_schedule(config, train)
+
+
+def check_moe(config: ParallelConfig, moe: MoEConfig) -> None:
+    """What a routing rule demands of a layout."""
+    if config.pp > 1:
+        wanted = f'another than "hash" with parallel.pp ({config.pp}): only the first stage has the ids of the tokens'
+        require(moe.routing != "hash", "model.moe.routing", moe.routing, wanted)
 
 
 def check_schedule(config: ParallelConfig, train: TrainConfig) -> None:

@@ -106,7 +106,9 @@ class Pipeline:
     def _scaled_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         return self._loss(logits, targets) / self._scale
 
-    def step(self, inputs_BS: Tensor, targets_BS: Tensor, num_targets: Tensor | float) -> Tensor:
+    def step(
+        self, inputs_BS: Tensor, targets_BS: Tensor, num_targets: Tensor | float, mask_BS: Tensor | None = None
+    ) -> Tensor:
         """Forward and backward over a whole step's micro-batches, in order along dim 0.
 
         Returns:
@@ -119,13 +121,14 @@ class Pipeline:
             target=targets_BS if self.is_last else None,
             losses=losses if self.is_last else None,
             return_outputs=False,
+            **({} if mask_BS is None else {"token_mask_BS": mask_BS}),
         )
         if self._tied_pair is not None:
             self._sum_tied_gradients()
         return torch.stack([x.detach() for x in losses]).sum() if losses else inputs_BS.new_zeros((), dtype=torch.float)
 
     @torch.no_grad()
-    def evaluate(self, inputs_BS: Tensor, targets_BS: Tensor) -> Tensor:
+    def evaluate(self, inputs_BS: Tensor, targets_BS: Tensor, mask_BS: Tensor | None = None) -> Tensor:
         """Sum of the losses of one micro-batch; 0 where the last stage is elsewhere.
 
         One stage after the other: the schedules' own evaluation does not know stages in a V or split backwards.
@@ -140,7 +143,7 @@ class Pipeline:
             if stage > 0 and owners[stage - 1] != owner:
                 x = torch.empty(shape.shape, dtype=shape.dtype, device=inputs_BS.device)
                 dist.recv(x, group=group, group_src=owners[stage - 1])
-            x = part(x)
+            x = part(x, mask_BS)
             if part.is_last:
                 loss = self._loss(x, targets_BS)
             elif owners[stage + 1] != owner:
@@ -183,8 +186,9 @@ def _outlines(part: Decoder, mesh: ParallelMesh, train: TrainConfig, autocast: t
 
 def _tied_pair(mesh: ParallelMesh) -> dist.ProcessGroup | None:
     """The group of this pipeline's first and last rank. Collective over all ranks."""
-    columns = mesh.dense.mesh.flatten(1).T.tolist()  # ranks of each pipeline
-    pairs = [[column[0], column[-1]] for column in columns]
+    # pp is the outermost axis. Not read from the mesh's tensor, which holds nothing while a run is planned.
+    num_pipelines = dist.get_world_size() // mesh.config.pp
+    pairs = [[rank, rank + (mesh.config.pp - 1) * num_pipelines] for rank in range(num_pipelines)]
     groups = [dist.new_group(pair) for pair in pairs]
     mine = [group for pair, group in zip(pairs, groups) if dist.get_rank() in pair]
     return mine[0] if mine else None

@@ -7,6 +7,7 @@ experts are split by width if ep is 1, and otherwise left to expert parallelism.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -52,8 +53,14 @@ def apply_tensor_parallel(part: Decoder, mesh: ParallelMesh) -> None:
         weight = distribute_tensor(part.embed_tokens.weight.detach(), axis, [Shard(0)], src_data_rank=None)
         part.embed_tokens.weight = nn.Parameter(weight)
     part.tie_weights()
+    size, rank = axis.size(), axis.get_local_rank()
+    part.moe_columns = partial(_columns, size=size, rank=rank)
     if isinstance(between, Shard):
-        _positions_of_whole_sequence(part, axis.size())
+        _positions_of_whole_sequence(part, size)
+
+
+def _columns(columns_BS: Tensor, size: int, rank: int) -> Tensor:
+    return columns_BS.chunk(size, dim=1)[rank]
 
 
 def _split_layer(layer: DecoderLayer, axis: DeviceMesh, between: Placement, *, by_width: bool) -> None:
@@ -106,7 +113,10 @@ def _feed_forward(name: str, module: nn.Module, outside: Placement) -> dict[str,
 
 
 def _split_moe(layer: MoE, axis: DeviceMesh, *, by_width: bool) -> None:
-    layer.router.weight = _spread(layer.router.weight, axis, Replicate())
+    # Every rank applies them to tokens of its own.
+    for module in (layer.router, layer.shared_expert_gate, layer.fc1_latent_proj, layer.fc2_latent_proj):
+        for name, parameter in [] if module is None else list(module.named_parameters(recurse=False)):
+            setattr(module, name, _spread(parameter, axis, Replicate()))
     if not by_width:
         return
     # Each rank has its part of the gate rows and the same part of the up rows.

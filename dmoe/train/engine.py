@@ -16,7 +16,7 @@ from torch import Tensor
 from dmoe.config import RunConfig, TrainConfig
 from dmoe.data import gather_windows
 from dmoe.models import Decoder
-from dmoe.moe import LoadSummary, Recorder, set_aux_loss_scale
+from dmoe.moe import LoadBalancer, LoadSummary, Recorder, set_aux_loss_scale
 from dmoe.parallel import ParallelMesh, Pipeline, loss_function, parallelize
 from dmoe.parallel.context import local_positions
 from dmoe.parallel.fsdp import sum_over_replicas
@@ -33,6 +33,13 @@ class Batch:
     """[sequences, tokens]"""
     targets: Tensor
     """The same shape; `IGNORED` costs nothing."""
+    mask: Tensor | None = None
+    """The same shape, bool: False for padding. None: no padding."""
+
+    def chunk(self, num_chunks: int) -> list[Batch]:
+        """Equal parts along dim 0."""
+        masks = [None] * num_chunks if self.mask is None else self.mask.chunk(num_chunks)
+        return [Batch(*parts) for parts in zip(self.inputs.chunk(num_chunks), self.targets.chunk(num_chunks), masks)]
 
 
 class Engine:
@@ -57,6 +64,7 @@ class Engine:
                 part.register_forward_hook(partial(_record, recorder))
         for part in parts:
             set_aux_loss_scale(part, 1 / self.num_micro_batches)
+        self.balancer = LoadBalancer(parts)
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -81,35 +89,36 @@ class Engine:
         mine = np.arange(len(starts))
         if dp_size > 1:
             mine = mine.reshape(-1, dp_size, size // dp_size)[:, dp_rank].ravel()
-        if lengths is None:
-            inputs, targets = gather_windows(tokens, starts[mine], seq_len)
-        else:
-            inputs, targets = _padded_windows(tokens, starts[mine], lengths[mine], seq_len)
+        arrays = (
+            gather_windows(tokens, starts[mine], seq_len)
+            if lengths is None
+            else _padded_windows(tokens, starts[mine], lengths[mine], seq_len)
+        )
         if self.mesh is not None and self.mesh.config.cp > 1:
             columns = local_positions(seq_len, self.mesh.context.get_local_rank("cp"), self.mesh.config.cp)
-            inputs, targets = inputs[:, columns], targets[:, columns]
-        return Batch(inputs.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True))
+            arrays = tuple(array[:, columns] for array in arrays)
+        return Batch(*(array.to(self.device, non_blocking=True) for array in arrays))
 
     def forward_backward(self, batch: Batch) -> Tensor:
         """Accumulate the gradient of the mean loss over the batch of all ranks; returns this rank's share, fp64."""
         num_targets = self._count(batch.targets)
         if self.pipeline is not None:
-            return self.pipeline.step(batch.inputs, batch.targets, num_targets).double()
+            return self.pipeline.step(batch.inputs, batch.targets, num_targets, batch.mask).double()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        micro_batches = list(zip(*(t.chunk(self.num_micro_batches) for t in (batch.inputs, batch.targets))))
-        for i, (inputs, targets) in enumerate(micro_batches):
+        micro_batches = batch.chunk(self.num_micro_batches)
+        for i, micro_batch in enumerate(micro_batches):
             if self.mesh is not None and self.mesh.config.dp_replicate > 1:
                 sum_over_replicas(self.parts[0], i == len(micro_batches) - 1)
-            loss = self.micro_loss(inputs, targets) / num_targets
+            loss = self.micro_loss(micro_batch) / num_targets
             loss.backward()
             total += loss.detach()
             self.recorders[0].update()
         return total
 
-    def micro_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def micro_loss(self, batch: Batch) -> Tensor:
         """Summed loss of one micro-batch of a whole model."""
         with autocast(self.train, self.device):
-            return self.loss(self.parts[0](inputs), targets)
+            return self.loss(self.parts[0](batch.inputs, batch.mask), batch.targets)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Tensor:
@@ -118,9 +127,9 @@ class Engine:
         for part in self.parts:
             part.eval()
         if self.pipeline is not None:
-            loss = self.pipeline.evaluate(batch.inputs, batch.targets)
+            loss = self.pipeline.evaluate(batch.inputs, batch.targets, batch.mask)
         else:
-            loss = self.micro_loss(batch.inputs, batch.targets)
+            loss = self.micro_loss(batch)
         for part, mode in zip(self.parts, modes):
             part.train(mode)
         return self.sum_over_ranks(loss.double() / self.copies)
@@ -188,10 +197,12 @@ def _record(recorder: Recorder, part: Decoder, *_: object) -> None:
         recorder.update()
 
 
-def _padded_windows(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, seq_len: int) -> tuple[Tensor, Tensor]:
+def _padded_windows(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, seq_len: int) -> tuple[Tensor, ...]:
+    """Inputs, targets and mask, padded on the right."""
     inputs = np.zeros((len(starts), seq_len), dtype=np.int64)
     targets = np.full((len(starts), seq_len), IGNORED, dtype=np.int64)
     for row, (start, length) in enumerate(zip(starts, lengths)):
         inputs[row, :length] = tokens[start : start + length]
         targets[row, :length] = tokens[start + 1 : start + length + 1]
-    return torch.from_numpy(inputs), torch.from_numpy(targets)
+    mask = np.arange(seq_len) < np.asarray(lengths)[:, None]
+    return torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(mask)

@@ -18,11 +18,14 @@ _SCALARS = (
 
 
 def load_fields(summaries: dict[str, LoadSummary]) -> dict[str, Any]:
-    """The part of a "train" record that describes the experts; empty for a dense model."""
+    """The part of a "train" record that describes the experts; empty for a dense model.
+
+    "dropped", if there was any, is the share of each layer's picks that went to no expert.
+    """
     layers = list(summaries.values())
     if not layers:
         return {}
-    return {
+    fields = {
         "aux_loss": sum(s.aux_loss for s in layers) / len(layers),
         "z_loss": sum(s.z_loss for s in layers) / len(layers),
         "moe_layers": [int(name.split(".")[1]) for name in summaries],
@@ -31,6 +34,9 @@ def load_fields(summaries: dict[str, LoadSummary]) -> dict[str, Any]:
         "max_over_mean": [s.max_over_mean for s in layers],
         "dead_experts": [s.dead_experts for s in layers],
     }
+    if any(s.dropped for s in layers):
+        fields["dropped"] = [s.dropped / sum(s.tokens_per_expert) for s in layers]
+    return fields
 
 
 def format_line(record: dict[str, Any], total_steps: int) -> str:
@@ -48,6 +54,8 @@ def format_line(record: dict[str, Any], total_steps: int) -> str:
     line += f"  {record['tokens_per_second']:,.0f} tokens/s  MFU {record['mfu']:.0%}"
     if "max_over_mean" in record:
         line += f"  aux {record['aux_loss']:.3f}  busiest expert {max(record['max_over_mean']):.2f}x"
+    if "dropped" in record:
+        line += f"  dropped {sum(record['dropped']) / len(record['dropped']):.1%}"
     return line
 
 
@@ -134,7 +142,9 @@ class MetricsLogger:
             if name in record and math.isfinite(record[name]):
                 self._board.add_scalar(f"train/{name}", record[name], step)
         for i, layer in enumerate(record.get("moe_layers", [])):
-            for name in ("max_over_mean", "router_entropy", "dead_experts"):
+            for name in ("max_over_mean", "router_entropy", "dead_experts", "dropped"):
+                if name not in record:
+                    continue
                 self._board.add_scalar(f"experts/{name}/layer_{layer}", record[name][i], step)
             for expert, share in enumerate(record["expert_load"][i]):
                 self._board.add_scalar(f"expert_load/layer_{layer}/expert_{expert}", share, step)

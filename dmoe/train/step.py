@@ -48,5 +48,8 @@ def training_step(
         if config.clip_norm and result.grad_norm > config.clip_norm:
             scale_gradients(gradients, config.clip_norm / (result.grad_norm + 1e-6))
         optimizer.step()
+        engine.balancer.step()
+    else:
+        engine.balancer.discard()
     optimizer.zero_grad()
     return result

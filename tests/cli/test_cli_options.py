@@ -131,7 +131,7 @@ def changed(config):
     if isinstance(config, MoEConfig):
         special["precision"] = "same"  # "fp8" goes with no other backend than the default
         special |= {"routing": "topk", "softmax_after_topk": False, "n_group": 3, "topk_group": 2}
-        special |= {"router_dtype": "fp64", "drop_policy": "position"}
+        special |= {"router_dtype": "fp64", "drop_policy": "position", "global_aux_loss_coef": 0.0}
     special |= {"init": "mup", "init_depth": "layer", "moe_layer_pattern": ()}
     special |= {"max_seq_len": 8192, "vocab_size": 5000, "seq_len": 100, "hidden_size": 0, "tokenizer": "a b: 'c'"}
     changes = {}

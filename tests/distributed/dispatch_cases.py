@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dmoe.moe import LoadSummary, MoE, MoEConfig, Recorder
+from dmoe.moe import BatchGroups, LoadSummary, MoE, MoEConfig, Recorder
 from dmoe.moe.dispatch import AllToAllDispatcher
 
 # Elementwise kernels treat the last elements of a tensor otherwise than the rest, unless widths are multiples of 32.
@@ -76,7 +76,7 @@ def spread(layer: MoE, group: dist.ProcessGroup, **options: Any) -> MoE:
     for name, parameter in list(layer.experts.named_parameters()):
         layer.experts.register_parameter(name, nn.Parameter(parameter.detach()[own].clone()))
     layer.dispatcher = AllToAllDispatcher(group, layer.config.num_experts, **options)
-    layer.batch_group = group
+    layer.groups = BatchGroups(batch=group)
     return layer
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 from dispatch_cases import Case, actual, differences
+from dispatch_no_expert import compiled_picks_of_no_expert
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
@@ -70,5 +71,6 @@ def rank_main(rank: int, world: int, store_path: str) -> None:
     same_as_eager(group, whole, case, "inductor" if HAS_COMPILER else "aot_eager")
     same_as_eager(group, checkpoint_inside, dataclasses.replace(case, skew="one"), "aot_eager")
     same_as_eager(group, checkpoint_outside, dataclasses.replace(case, payload="fp8", autocast=True), "aot_eager")
+    compiled_picks_of_no_expert(group)
     dist.barrier()
     leave_process_group()

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from dmoe.moe import MoE
+from dmoe.moe import BatchGroups, MoE
 from dmoe.moe.dispatch import TensorParallelDispatcher
 
 
@@ -35,7 +35,7 @@ def spread_width(layer: MoE, mesh: DeviceMesh) -> MoE:
         experts.register_parameter(name, nn.Parameter(spread))
     experts.adds_down_bias = rank == 0
     layer.dispatcher = TensorParallelDispatcher(mesh.get_group())
-    layer.batch_group = mesh.get_group()
+    layer.groups = BatchGroups(batch=mesh.get_group())
     return layer
 
 

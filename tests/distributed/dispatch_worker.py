@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from dispatch_cases import Case, D, actual, differences, expected, spread
+from dispatch_no_expert import picks_of_no_expert
 from dispatch_tensor_parallel import width_over_ranks
 from exchange_worker import logged
 from torch import Tensor
@@ -317,6 +318,7 @@ CASES = (
     payloads,
     bounded_rows,
     any_bound_gives_the_same_bits,
+    picks_of_no_expert,
     saved_bytes_do_not_grow_with_skew,
     recomputed,
     one_synchronisation,

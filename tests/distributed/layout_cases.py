@@ -1,7 +1,8 @@
 """Layouts that must give the numbers of one process, and the run they are compared in.
 
-The run is hard on purpose: the vocabulary divides by nothing, targets are missing unevenly, experts 6 and 7 get no
-token (with ep 4 a rank receives none), the first layer is dense, there are shared experts and two micro-batches.
+The run is hard on purpose: the vocabulary divides by nothing, sequences are padded unevenly and some to nothing,
+experts 6 and 7 get no token at first (with ep 4 a rank receives none), the first layer is dense, there are shared
+experts, every balancing loss at once, a bias of the choice, and two micro-batches.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from dmoe.train.optim import build_optimizer
 from dmoe.train.step import training_step
 
 STEPS = 5
+LOSSES = ("aux_loss", "seq_aux_loss", "global_aux_loss", "z_loss")
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ BASE = RunConfig(
         vocab_size=67, hidden_size=16, num_layers=5, num_heads=4, num_kv_heads=2, head_dim=8, intermediate_size=24,
         first_k_dense=1, max_seq_len=64,
         moe=MoEConfig(intermediate_size=12, num_experts=8, top_k=2, shared_intermediate_size=8, aux_loss_coef=0.1,
-                      z_loss_coef=0.01),
+                      seq_aux_loss_coef=0.07, global_aux_loss_coef=0.05, z_loss_coef=0.01, expert_bias_rate=0.003),
     ),
     optim=OptimConfig(lr=2e-3, eps=1e-6, clip_norm=1.0),
     train=TrainConfig(steps=STEPS, batch_size=8, micro_batch_size=4, seq_len=16, device="cpu", seed=3, sample_tokens=0),
@@ -90,6 +92,11 @@ CASES: dict[int, dict[str, Case]] = {
         "tp 2 ep 2, no sp": Case({"tp": 2, "ep": 2, "sequence_parallel": False}, model=UNTIED),
         "tp 2, plain experts, biases": Case({"tp": 2}, moe={"gated": False, "bias": True, "activation": "gelu"}),
         "tp 2, biases": Case({"tp": 2}, moe={"bias": True}),
+        "tp 2, latent experts, gate": Case(
+            {"tp": 2}, moe={"latent_size": 8, "shared_expert_gate": True, "router_bias": True}
+        ),
+        "ep 2, padded to capacity": Case({"ep": 2}, moe={"capacity_factor": 4.0, "pad_to_capacity": True}),
+        "dp 2, sinkhorn": Case({"dp_replicate": 2}, moe={"routing": "sinkhorn", "expert_bias_rate": 0.0}),
         "cp 2": Case({"cp": 2}),
         "cp 2 ep 2": Case({"cp": 2, "ep": 2}),
         "pp 2 1f1b": Case({"pp": 2}),
@@ -105,7 +112,7 @@ CASES: dict[int, dict[str, Case]] = {
         "hsdp 2x2": Case({"dp_replicate": 2, "dp_shard": 2}),
         "ep 4": Case({"ep": 4}),
         "fsdp 2 x ep 2": Case({"dp_shard": 4, "ep": 2}),
-        "fsdp 2 x ep 2, an expert a rank": Case({"dp_shard": 4, "ep": 2}, moe={"num_experts": 2}),
+        "fsdp 2 x ep 2, an expert a rank": Case({"dp_shard": 4, "ep": 2}, moe={"num_experts": 2, "latent_size": 6}),
         "fsdp 2 x tp 2, one expert": Case({"dp_shard": 2, "tp": 2}, moe={"num_experts": 1, "top_k": 1, "bias": True}),
         "dp 2 x ep 2": Case({"dp_replicate": 2, "dp_shard": 2, "ep": 2}),
         "fsdp 2 x tp 2": Case({"dp_shard": 2, "tp": 2}),
@@ -135,7 +142,7 @@ def supported(case: Case) -> bool:
 
 
 def run_case(config: RunConfig, *, spread: bool) -> dict[str, Any]:
-    """Train `STEPS` steps; loss, aux loss, z loss and gradient norm of each, and every parameter afterwards."""
+    """Train `STEPS` steps; losses and gradient norm of each, and every parameter and bias of the choice afterwards."""
     device = torch.device("cpu")
     mesh = build_mesh(config.parallel) if spread else None
     engine = build_engine(config, device, mesh)
@@ -152,8 +159,8 @@ def run_case(config: RunConfig, *, spread: bool) -> dict[str, Any]:
         summaries = engine.load_summaries()
         engine.reset_statistics()
         counts = [n for s in summaries.values() for n in s.tokens_per_expert]
-        aux, z = ([getattr(s, name) for s in summaries.values()] for name in ("aux_loss", "z_loss"))
-        metrics.append({"loss": result.loss, "grad_norm": result.grad_norm, "aux": aux, "z": z, "counts": counts})
+        losses = {name: [getattr(s, name) for s in summaries.values()] for name in LOSSES}
+        metrics.append({"loss": result.loss, "grad_norm": result.grad_norm, "counts": counts, **losses})
     evaluation = engine.evaluate(engine.batch(tokens, np.arange(config.train.micro_batch_size)))
     return {"metrics": metrics, "weights": whole_weights(engine), "evaluation": evaluation.item()}
 
@@ -174,7 +181,7 @@ def starve_experts(engine: Engine) -> None:
 
 
 def whole_weights(engine: Engine) -> dict[str, torch.Tensor]:
-    """Every parameter of this rank's parts, assembled."""
+    """Every parameter of this rank's parts, assembled, and the biases of the choice."""
     result = {}
     for part in engine.parts:
         for module in part.modules():
@@ -182,6 +189,7 @@ def whole_weights(engine: Engine) -> dict[str, torch.Tensor]:
                 module.reshard()
         for name, parameter in part.named_parameters():
             result[name] = whole(name, parameter.detach())
+        result |= {name: buffer.clone() for name, buffer in part.named_buffers() if name.endswith("correction_bias")}
     return result
 
 

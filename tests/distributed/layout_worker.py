@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from layout_cases import CASES, run_case, supported
+from layout_cases import CASES, LOSSES, run_case, supported
 
 from dmoe.ops.collectives import leave_process_group
 
@@ -50,7 +50,7 @@ def compare(got: dict[str, Any], wanted: dict[str, Any], tolerance: float) -> li
     """What differs, in words."""
     problems = []
     for step, (ours, theirs) in enumerate(zip(got["metrics"], wanted["metrics"])):
-        for key in ("loss", "grad_norm", "aux", "z", "counts"):
+        for key in ("loss", "grad_norm", "counts", *LOSSES):
             a, b = torch.tensor(ours[key], dtype=torch.float64), torch.tensor(theirs[key], dtype=torch.float64)
             error = (a - b).abs().max().item() / b.abs().max().item() if a.shape == b.shape else float("inf")
             if not error <= (0 if key == "counts" else tolerance):

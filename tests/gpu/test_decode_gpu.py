@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,8 @@ from dense_oracle import ACTIVATIONS, Problem, dense_moe, make_problem, relative
 from torch import Tensor
 
 pytest.importorskip("triton")
+sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
+from no_expert import KINDS, drop, gradients_with_drops
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 WAYS = ("table", "per token", "16", "32", "64")
@@ -128,3 +132,39 @@ def test_int32_ids_and_strided_arguments() -> None:
     p.down = p.down.transpose(1, 2).contiguous().transpose(1, 2)
     p.x = torch.stack([p.x, p.x], dim=-1)[..., 0]
     assert relative_error(compute(p, "table").cpu(), want) <= TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "case", ["one token", "one token, five picks", "several tokens", "tiles of every kind", "one expert"]
+)
+def test_picks_of_no_expert(case: str, way: str, kind: str) -> None:
+    """They add nothing, whatever memory holds, and no weight is read for them."""
+    dirty, clean = drop(problem(case, torch.bfloat16), kind)
+    want, _ = gradients_with_drops(clean, torch.zeros_like(clean.x))
+    unchosen = [e for e in range(len(dirty.down)) if not (dirty.topk_ids == e).any()]
+    dirty.gate_up[unchosen] = dirty.down[unchosen] = float("nan")
+    poison()
+    assert relative_error(compute(dirty, way).cpu(), want) <= TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("case", ["one token", "several tokens", "a full batch"])
+def test_graph_follows_picks_of_no_expert(case: str) -> None:
+    from dmoe.ops.kernels.decode import decode_mlp
+
+    p = problem(case, torch.bfloat16)
+    x, ids, weights, gate_up, down = (t.cuda() for t in p.tensors()[:5] if t is not None)
+    call = (x, ids, weights, gate_up, down, None, None, p.activation)
+    decode_mlp(*call)  # compile before the capture
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = decode_mlp(*call)
+    for kind in ("some", "all", "none"):
+        dirty, clean = drop(p, kind)
+        for buffer, value in ((x, dirty.x), (ids, dirty.topk_ids), (weights, dirty.topk_weights)):
+            buffer.copy_(value)
+        graph.replay()
+        want, _ = gradients_with_drops(clean, torch.zeros_like(clean.x))
+        assert relative_error(y.cpu(), want) <= TOLERANCE[torch.bfloat16]

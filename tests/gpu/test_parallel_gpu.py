@@ -13,7 +13,7 @@ import torch.distributed as dist
 from dmoe.config import ModelConfig, MoEConfig, OptimConfig, ParallelConfig, TrainConfig
 from dmoe.models import Decoder
 from dmoe.models.attention import causal_attention
-from dmoe.moe import MoE
+from dmoe.moe import BatchGroups, MoE
 from dmoe.moe.dispatch import AllToAllDispatcher, TensorParallelDispatcher
 from dmoe.parallel import build_mesh
 from dmoe.parallel.context import ContextAttention
@@ -53,7 +53,7 @@ def test_exchange_over_nccl_changes_no_bit(group: dist.ProcessGroup, tokens: int
     layer = MoE(config, device=CUDA, dtype=dtype)
     x = torch.randn(tokens, 256, device=CUDA, dtype=dtype)
     expected = outputs_and_gradients(layer, x, autocast)
-    layer.batch_group = group
+    layer.groups = BatchGroups(batch=group)
     for dispatcher in (AllToAllDispatcher(group, 8), TensorParallelDispatcher(group)):
         layer.dispatcher = dispatcher
         for ours, theirs in zip(outputs_and_gradients(layer, x, autocast), expected, strict=True):

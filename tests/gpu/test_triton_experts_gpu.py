@@ -18,11 +18,15 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
-pytest.register_assert_rewrite("expert_autograd_cases", "expert_kernel_cases", "rows_kernel_cases")
+pytest.register_assert_rewrite(
+    "expert_autograd_cases", "expert_kernel_cases", "no_expert", "no_expert_cases", "rows_kernel_cases"
+)
 
 from expert_autograd_cases import *  # noqa: E402, F403
 from expert_kernel_cases import *  # noqa: E402, F403
 from expert_kernel_cases import assert_agrees, forward, gradients, on_device, poison  # noqa: E402
+from no_expert import KINDS, drop, dropped_gradient, kept  # noqa: E402
+from no_expert_cases import *  # noqa: E402, F403
 
 from dmoe.ops import choose_backend, expert_mlp, triton_experts  # noqa: E402
 from dmoe.ops.kernels import tuned  # noqa: E402
@@ -136,6 +140,82 @@ def test_graph_follows_new_routing(T: int, bias: bool) -> None:
         got = [t.clone() for t in outputs]
         poison()
         assert all(torch.equal(a, b) for a, b in zip(got, step(p, *static), strict=True))
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layer", [LAYER, (1500, 328, 7, 3, 200)], ids=str)
+def test_large_layers_without_some_picks(layer: tuple[int, int, int, int, int], kind: str, backend: str) -> None:
+    """In bf16, against the reference backend in fp64, in memory full of NaN; also in the kernels for Hopper."""
+    dirty, clean = drop(make_problem(*layer, bias=True, dtype=torch.bfloat16), kind)
+    grad = dropped_gradient(dirty, float("nan"))
+    want_y, want = in_fp64(clean, grad.nan_to_num(0))
+    y, got = gradients(dirty, backend, grad)
+    assert relative_error(y, want_y) <= 2e-2
+    for name in want:
+        assert relative_error(got[name], want[name]) <= 2e-2, name
+
+
+@pytest.mark.parametrize("kind", ["some", "all"])
+def test_drops_leave_the_other_picks_alone(kind: str) -> None:
+    """Output and gradients are those of a call in which the dropped picks never were, as tokens of their own."""
+    p = make_problem(1200, 256, 8, 1, 128, bias=True, dtype=torch.bfloat16)
+    dirty, _ = drop(p, kind)
+    used = dirty.topk_ids[:, 0] < 8
+    assert kept(dirty) == used.sum()
+    grad = dropped_gradient(dirty, float("nan"))
+    y, got = gradients(dirty, "triton", grad)
+    part = replace(p, x=p.x[used], topk_ids=p.topk_ids[used], topk_weights=p.topk_weights[used])
+    want_y, want = gradients(part, "triton", grad[used])
+    for value, wanted in ((y, want_y), (got["x"], want["x"]), (got["topk_weights"], want["topk_weights"])):
+        assert relative_error(value[used.to(value.device)], wanted) <= 1e-2
+        assert (value[~used.to(value.device)] == 0).all()
+    for name in ("gate_up", "down", "gate_up_bias", "down_bias"):
+        assert relative_error(got[name], want[name]) <= 1e-2, name
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+def test_graph_follows_drops(bias: bool) -> None:
+    """One graph for any number of dropped picks: captured without any, replayed with some, with all, with none."""
+    sizes = {"T": 300, "D": 256, "E": 24, "K": 3, "F": 128, "bias": bias, "dtype": torch.bfloat16}
+    p, _ = on_device(make_problem(**sizes), ())
+    grad = torch.randn_like(p.x)
+    static = [p.x.clone(), p.topk_ids.clone(), p.topk_weights.clone(), grad.clone()]
+    step(p, *static)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = step(p, *static)
+    for kind in ("some", "all", "one expert", "none"):
+        dirty, _ = drop(make_problem(**sizes), kind)
+        new = (dirty.x, dirty.topk_ids, dirty.topk_weights, dropped_gradient(dirty, float("nan")))
+        for buffer, value in zip(static, new):
+            buffer.copy_(value)
+        graph.replay()
+        torch.cuda.synchronize()
+        got = [t.clone() for t in outputs]
+        assert all(t.isfinite().all() for t in got)
+        poison()
+        assert all(torch.equal(a, b) for a, b in zip(got, step(p, *static), strict=True))
+
+
+@pytest.mark.parametrize("precision", ["same", "fp8"])
+def test_drops_do_not_synchronise_with_the_host(precision: str) -> None:
+    dirty, _ = drop(make_problem(*LAYER, bias=True, dtype=torch.bfloat16), "some")
+    q, leaves = on_device(dirty)
+    grad = dropped_gradient(dirty, float("nan")).cuda()
+
+    def run() -> None:
+        y = expert_mlp(*q.tensors(), precision=precision)
+        assert all(g is not None for g in torch.autograd.grad(y, list(leaves.values()), grad))
+
+    run()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_memory_is_released() -> None:

@@ -9,18 +9,14 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dmoe.moe import LoadSummary, MoE, MoEConfig, Recorder, set_aux_loss_scale
+from dmoe.moe import LoadBalancer, LoadSummary, MoE, MoEConfig, Recorder, set_aux_loss_scale
 
 HAS_COMPILER = any(map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++")))
 
 
-def build() -> MoE:
-    layer = MoE(
-        MoEConfig(
-            hidden_size=16, intermediate_size=8, num_experts=4, top_k=2, shared_intermediate_size=8, aux_loss_coef=0.1,
-            z_loss_coef=0.1,
-        )
-    )  # fmt: skip
+def build(**changes: object) -> MoE:
+    config = {"hidden_size": 16, "intermediate_size": 8, "num_experts": 4, "top_k": 2, "shared_intermediate_size": 8}
+    layer = MoE(MoEConfig(**{**config, "aux_loss_coef": 0.1, "z_loss_coef": 0.1, **changes}))
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.normal_(std=0.3)
@@ -70,6 +66,59 @@ def test_one_graph(checkpointed: bool, recording: bool) -> None:
 
     torch.compiler.reset()
     check(layer, torch.compile(call, fullgraph=True, backend="aot_eager"), recorder, 1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"capacity_factor": 0.6, "seq_aux_loss_coef": 0.1, "score_function": "sqrtsoftplus", "n_group": 2},
+        {"capacity_factor": 0.6, "pad_to_capacity": True, "latent_size": 8, "shared_expert_gate": True},
+        {"routing": "expert_choice"},
+        {"routing": "uniform", "router_bias": True, "router_dtype": "fp64"},
+        {"routing": "random"},
+    ],
+    ids=["dropping", "slots", "expert choice", "uniform", "random"],
+)
+def test_one_graph_with_options(changes: dict[str, object]) -> None:
+    """With a mask, too."""
+    layer = build(**changes)
+    recorder = Recorder(layer)
+
+    def call(x: Tensor, compute: Callable[..., Tensor]) -> Tensor:
+        return compute(x, token_mask=torch.arange(len(x)) != 1)
+
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for tokens in (9, 12, 17):  # the second size recompiles with dynamic shapes
+        results, counts = [], []
+        for compute in (layer, compiled):
+            torch.manual_seed(0)  # for "random"
+            x = torch.linspace(-2, 3, 16 * tokens).view(tokens, 16)
+            results.append(step(layer, lambda x, compute=compute: call(x, compute), x))
+            recorder.update()
+            counts.append(recorder.summary()[""].tokens_per_expert)
+            recorder.reset()
+        for want, got in zip(*results, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+        assert counts[0] == counts[1]
+
+
+def test_counts_of_a_step_in_a_compiled_layer() -> None:
+    """The bias moves by what was routed once, though activation checkpointing runs the compiled layer twice."""
+    layer = build(expert_bias_rate=0.01, score_function="sigmoid")
+    torch.compiler.reset()
+    layer.compile(fullgraph=True, backend="aot_eager")
+    model = torch.nn.Sequential(layer)
+    model.forward = lambda x: checkpoint(layer, x, use_reentrant=False)  # type: ignore[method-assign]
+    balancer, x = LoadBalancer(model), torch.randn(30, 16)
+    for _ in range(2):
+        model(x).sum().backward()
+    assert layer.step_load is not None
+    counts = layer.step_load.step_E.clone()
+    assert counts.sum() == 2 * 30 * 2
+    direction = torch.sign(counts.float().mean() - counts)
+    balancer.step()
+    torch.testing.assert_close(layer.router.e_score_correction_bias, 0.01 * (direction - direction.mean()))
 
 
 def test_checkpoint_outside_the_compiled_layer() -> None:

@@ -13,3 +13,7 @@ def test_triton_experts() -> None:
 
 def test_triton_experts_under_autograd() -> None:
     run_interpreted("expert_autograd_cases.py")
+
+
+def test_picks_of_no_expert() -> None:
+    run_interpreted("no_expert_cases.py")

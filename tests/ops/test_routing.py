@@ -1,104 +1,18 @@
-"""Routing maths: the losses against numbers worked out by hand, and the rest against numpy."""
+"""Scores, the choice of experts, weights and counts against numbers worked out by hand, loops in fp64, numpy."""
 
 import math
+import sys
+import types
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from dmoe.ops import (
-    choose_topk,
-    count_tokens_per_expert,
-    load_balancing_loss,
-    router_entropy,
-    router_scores,
-    router_z_loss,
-)
-from dmoe.ops.routing import balancing_loss_from_sums, normalized_scores
-
-
-def test_load_balancing_loss_at_perfect_balance() -> None:
-    # 4 tokens, 4 experts, K = 1, token t on expert t, every probability 1/4:
-    # f_e = 1/4 and P_e = 1/4, so the loss is 4 * (4 * 1/4 * 1/4) = 1.
-    scores = torch.full((4, 4), 0.25)
-    assert load_balancing_loss(scores, torch.tensor([1, 1, 1, 1]), 1).item() == 1.0
-    # The same with K = 2: 8 picks, two on each expert; f_e = 2/8 = 1/4 again.
-    assert load_balancing_loss(scores, torch.tensor([2, 2, 2, 2]), 2).item() == 1.0
-
-
-def test_load_balancing_loss_with_all_tokens_on_one_expert() -> None:
-    # K = 1, every token puts probability 1 on expert 2: f = P = (0, 0, 1, 0), loss = 4 * 1 * 1 = 4 = E.
-    scores = torch.tensor([0.0, 0.0, 1.0, 0.0]).repeat(3, 1)
-    assert load_balancing_loss(scores, torch.tensor([0, 0, 3, 0]), 1).item() == 4.0
-    # K = 2, every token on experts 0 and 1 with probability 1/2 each: f = (3/6, 3/6, 0, 0) = P,
-    # loss = 4 * (1/4 + 1/4) = 2 = E / K.
-    scores = torch.tensor([0.5, 0.5, 0.0, 0.0]).repeat(3, 1)
-    assert load_balancing_loss(scores, torch.tensor([3, 3, 0, 0]), 2).item() == 2.0
-
-
-def test_load_balancing_loss_of_an_uneven_batch() -> None:
-    # Three tokens, two experts, K = 1, probabilities (0.9, 0.1), (0.6, 0.4), (0.2, 0.8).
-    # Argmax: experts 0, 0, 1, so f = (2/3, 1/3).
-    # P_0 = (0.9 + 0.6 + 0.2) / 3 = 1.7 / 3, P_1 = (0.1 + 0.4 + 0.8) / 3 = 1.3 / 3.
-    # Loss = 2 * (2/3 * 1.7/3 + 1/3 * 1.3/3) = 2 * (3.4 + 1.3) / 9 = 9.4 / 9 = 1.0444...
-    scores = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8]], requires_grad=True)
-    ids, _ = choose_topk(scores, 1, normalize=True)
-    counts = count_tokens_per_expert(ids, 2)
-    assert counts.tolist() == [2, 1]
-    loss = load_balancing_loss(scores, counts, 1)
-    assert loss.item() == pytest.approx(9.4 / 9, rel=1e-6)
-    # Gradient through P alone, and through the division of each row by its sum (1 here): with c = E * f / T =
-    # (4/9, 2/9) and row p, d loss / d p_e = c_e - (c . p). Row 0: c . p = 0.4 * ... = (3.6 + 0.2) / 9 = 3.8 / 9,
-    # so (0.2, -1.8) / 9. Row 1: (2.4 + 0.8) / 9, so (0.8, -1.2) / 9. Row 2: (0.8 + 1.6) / 9, so (1.6, -0.4) / 9.
-    loss.backward()
-    want = torch.tensor([[0.2, -1.8], [0.8, -1.2], [1.6, -0.4]]) / 9
-    torch.testing.assert_close(scores.grad, want, rtol=1e-5, atol=1e-7)
-
-
-def test_load_balancing_loss_normalises_sigmoid_scores() -> None:
-    # Rows (0.9, 0.3) and (0.2, 0.2) become (3/4, 1/4) and (1/2, 1/2): P = (5/8, 3/8). Both tokens count for expert 0:
-    # f = (1, 0), loss = 2 * 5/8 = 1.25.
-    scores = torch.tensor([[0.9, 0.3], [0.2, 0.2]])
-    assert load_balancing_loss(scores, torch.tensor([2, 0]), 1).item() == pytest.approx(1.25, rel=1e-6)
-
-
-@pytest.mark.parametrize("top_k", [1, 2, 3])
-def test_load_balancing_loss_against_hugging_face(top_k: int) -> None:
-    """Hugging Face divides the counts by the tokens, not by the picks: K times ours."""
-    mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
-    logits = torch.randn(20, 5) * 2
-    theirs = mixtral.load_balancing_loss_func((logits,), num_experts=5, top_k=top_k)
-    scores = router_scores(logits, "softmax")
-    ids, _ = choose_topk(scores, top_k, normalize=True)
-    ours = load_balancing_loss(scores, count_tokens_per_expert(ids, 5), top_k)
-    assert theirs.item() == pytest.approx(top_k * ours.item(), rel=1e-5)
-
-
-def test_router_z_loss() -> None:
-    # Row (0, 0): logsumexp = ln 2, square 0.480453. Row (ln 3, 0): ln(3 + 1) = ln 4 = 2 ln 2, square 4 * 0.480453.
-    # Mean: 2.5 * (ln 2)^2 = 1.201133.
-    logits = torch.tensor([[0.0, 0.0], [math.log(3.0), 0.0]], requires_grad=True)
-    loss = router_z_loss(logits)
-    assert loss.item() == pytest.approx(2.5 * math.log(2) ** 2, rel=1e-6)
-    assert loss.item() == pytest.approx(1.201133, abs=1e-6)
-    # d/dlogit = 2 * logsumexp * softmax / T: row 0: ln 2 * (1/2, 1/2); row 1: 2 ln 2 * (3/4, 1/4).
-    loss.backward()
-    want = math.log(2) * torch.tensor([[0.5, 0.5], [1.5, 0.5]])
-    torch.testing.assert_close(logits.grad, want)
-
-
-def test_losses_of_no_tokens_are_zero() -> None:
-    empty = torch.empty(0, 4, requires_grad=True)
-    total = load_balancing_loss(empty, torch.zeros(4, dtype=torch.int64), 2) + router_z_loss(empty)
-    assert total.item() == 0.0
-    assert router_entropy(empty).item() == 0.0
-    total.backward()
-
-
-def test_router_entropy() -> None:
-    # Row (1/2, 1/2): ln 2. Row (1, 0): 0. Mean ln 2 / 2. Scores are normalised first: (0.1, 0.1) is (1/2, 1/2).
-    assert router_entropy(torch.tensor([[0.5, 0.5], [1.0, 0.0]])).item() == pytest.approx(math.log(2) / 2)
-    assert router_entropy(torch.tensor([[0.1, 0.1], [0.7, 0.0]])).item() == pytest.approx(math.log(2) / 2)
+import dmoe.ops.routing
+from dmoe.errors import ConfigError
+from dmoe.ops import choose_topk, count_tokens_per_expert, limit_to_groups, route, router_scores
 
 
 def test_scores() -> None:
@@ -141,32 +55,164 @@ def test_counts_against_numpy(tokens: int, top_k: int, experts: int, ids_dtype: 
     np.testing.assert_array_equal(counts.numpy(), np.bincount(ids.numpy().ravel(), minlength=experts))
 
 
-@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("sizes", [[13, 7], [20, 0, 3], [1, 1, 1, 1]])
-def test_losses_of_parts_of_a_batch_add_up(sizes: list[int], score_function: str) -> None:
-    """With the counts and number of tokens of the whole batch, each part's loss and gradient is its share."""
-    whole = (torch.randn(sum(sizes), 5, dtype=torch.float64) * 2).requires_grad_()
-    scores = router_scores(whole, score_function)
-    counts = count_tokens_per_expert(choose_topk(scores, 2, normalize=True)[0], 5)
-    want = load_balancing_loss(scores, counts, 2), router_z_loss(whole)
-    for i, loss in enumerate(want):
-        (want_grad,) = torch.autograd.grad(loss, whole, retain_graph=True)
-        for num_tokens in (sum(sizes), torch.tensor(sum(sizes), dtype=torch.float64)):
-            total, grads = 0.0, []
-            for part in whole.detach().split(sizes):
-                leaf = part.clone().requires_grad_()
-                scores = router_scores(leaf, score_function)
-                losses = load_balancing_loss(scores, counts, 2, num_tokens), router_z_loss(leaf, num_tokens)
-                losses[i].backward()
-                total += losses[i].item()
-                grads.append(leaf.grad)
-            assert total == pytest.approx(loss.item(), rel=1e-12)
-            torch.testing.assert_close(torch.cat(grads), want_grad, rtol=1e-12, atol=1e-14)
+def test_counts_leave_out_the_id_of_no_expert() -> None:
+    ids = torch.tensor([[3, 3, 0], [2, 3, 1], [3, 3, 3], [0, 2, 3]])
+    assert count_tokens_per_expert(ids, 3).tolist() == [2, 1, 2]
+    assert count_tokens_per_expert(torch.ones(4, 2, dtype=torch.int64), 1).tolist() == [0]
 
 
-def test_balancing_loss_from_sums_is_the_loss() -> None:
-    scores = torch.rand(9, 4, dtype=torch.float64)
-    counts = torch.tensor([3, 0, 5, 10])
-    sums = normalized_scores(scores).sum(0)
-    want = load_balancing_loss(scores, counts, 2)
-    assert balancing_loss_from_sums(sums, counts, 2, 9).item() == pytest.approx(want.item(), rel=1e-12)
+def test_sqrtsoftplus() -> None:
+    """Against math in double, from where exp(l) underflows to where it overflows; and the gradient."""
+    values = [-300.0, -90.0, -40.1, -39.9, -5.0, 0.0, 3.0, 19.0, 21.0, 39.0, 41.0, 500.0]
+    for dtype, rtol in ((torch.float64, 1e-13), (torch.float32, 1e-6)):
+        logits = torch.tensor([values], dtype=dtype, requires_grad=True)
+        scores = router_scores(logits, "sqrtsoftplus")
+        scores.sum().backward()
+        for i, value in enumerate(values):
+            softplus = max(value, 0.0) + math.log1p(math.exp(-abs(value)))
+            sigmoid = math.exp(min(value, 0.0)) / (1 + math.exp(-abs(value)))
+            tiny = 1e-38 if dtype == torch.float32 else 0.0  # below it fp32 is coarse or 0
+            assert scores[0, i].item() == pytest.approx(softplus**0.5, rel=rtol, abs=tiny)
+            assert logits.grad[0, i].item() == pytest.approx(sigmoid / (2 * softplus**0.5), rel=rtol, abs=tiny)
+
+
+def oracle(
+    logits: Tensor, K: int, *, score_function: str = "softmax", normalize: bool = False, scaling_factor: float = 1.0,
+    softmax_after_topk: bool = False, bias_E: Tensor | None = None, n_group: int = 1, topk_group: int = 1,
+    group_score_top: int = 0,
+) -> tuple[list[list[int]], list[list[float]]]:  # fmt: skip
+    """The rules token by token, in Python's arithmetic."""
+    E = logits.shape[1]
+    bias = [0.0] * E if bias_E is None else bias_E.tolist()
+    size, all_ids, all_weights = E // n_group, [], []
+    for row in logits.tolist():
+        if score_function == "softmax":
+            scores = [math.exp(v) / sum(math.exp(u) for u in row) for v in row]
+        elif score_function == "sigmoid":
+            scores = [1 / (1 + math.exp(-v)) for v in row]
+        else:
+            scores = [math.sqrt(math.log(1 + math.exp(v))) for v in row]
+        chosen_by = [v + b for v, b in zip(row if softmax_after_topk else scores, bias)]
+        top = group_score_top or max(1, K // topk_group)
+        groups = [chosen_by[g * size : (g + 1) * size] for g in range(n_group)]
+        by_group = [sum(sorted(group, reverse=True)[:top]) for group in groups]
+        best = sorted(range(n_group), key=lambda g: -by_group[g])[:topk_group]
+        ids = sorted((e for e in range(E) if e // size in best), key=lambda e: -chosen_by[e])[:K]
+        weights = [math.exp(row[e]) if softmax_after_topk else scores[e] for e in ids]
+        total = sum(weights) if normalize or softmax_after_topk else 1.0
+        all_ids.append(ids)
+        all_weights.append([scaling_factor * w / total for w in weights])
+    return all_ids, all_weights
+
+
+GROUPS = {"n_group": 4, "topk_group": 2}
+CASES: list[tuple[int, int, int, dict[str, Any]]] = [
+    (40, 8, 2, {"score_function": "sqrtsoftplus", "normalize": True, "bias": True, "scaling_factor": 1.5}),
+    (40, 7, 3, {"score_function": "sigmoid", "normalize": True, "bias": True, "scaling_factor": 2.5}),
+    (40, 7, 7, {"score_function": "sigmoid", "bias": True}),
+    (40, 7, 3, {"bias": True}),
+    (40, 12, 4, {"score_function": "sigmoid", "normalize": True, "bias": True, **GROUPS}),
+    (40, 12, 4, {"score_function": "sigmoid", "bias": True, "group_score_top": 1, **GROUPS}),
+    (40, 12, 6, {"score_function": "sqrtsoftplus", "group_score_top": 2, **GROUPS}),
+    (40, 12, 1, {"n_group": 4, "topk_group": 3}),  # K / topk_group is less than 1
+    (40, 12, 5, {"n_group": 4, "topk_group": 4}),  # no limit
+    (40, 10, 3, {"normalize": True, "n_group": 10, "topk_group": 4}),  # groups of one
+    (40, 12, 4, {"n_group": 1, "topk_group": 1, "group_score_top": 9}),
+    (40, 7, 3, {"softmax_after_topk": True}),
+    (40, 7, 3, {"softmax_after_topk": True, "bias": True, "scaling_factor": 2.0}),
+    (40, 12, 4, {"softmax_after_topk": True, "bias": True, "group_score_top": 2, **GROUPS}),
+    (40, 5, 1, {"softmax_after_topk": True}),
+    (1, 6, 2, {"score_function": "sigmoid", "bias": True, "n_group": 3, "topk_group": 1, "group_score_top": 2}),
+    (3, 1, 1, {"score_function": "sigmoid", "normalize": True, "bias": True}),
+    (0, 6, 2, {"score_function": "sigmoid", "bias": True, "n_group": 3, "topk_group": 2}),
+    (0, 6, 2, {"softmax_after_topk": True}),
+]
+
+
+@pytest.mark.parametrize(("T", "E", "K", "options"), CASES)
+def test_route_against_loops(T: int, E: int, K: int, options: dict[str, Any]) -> None:
+    options = {"score_function": "softmax", "normalize": False, **options}
+    bias = torch.randn(E, dtype=torch.float64) / 2 if options.pop("bias", False) else None
+    logits = torch.randn(T, E, dtype=torch.float64).requires_grad_()
+    if bias is not None:
+        bias.requires_grad_()
+    scores, ids, weights = route(logits, K, bias_E=bias, **options)
+    want_ids, want_weights = oracle(logits.detach(), K, bias_E=bias, **options)
+    assert (ids.shape, ids.dtype, weights.dtype) == ((T, K), torch.int64, torch.float64)
+    assert ids.tolist() == want_ids
+    np.testing.assert_allclose(weights.detach().numpy().reshape(T, K), np.array(want_weights).reshape(T, K), rtol=1e-12)
+    assert torch.equal(scores, router_scores(logits, options["score_function"]))
+    if T:
+        inputs = [logits] if bias is None else [logits, bias]
+        grads = torch.autograd.grad(weights.square().sum(), inputs, allow_unused=True)
+        assert bias is None or grads[1] is None  # the bias of the choice is not learned
+        few = logits[:2].detach().requires_grad_()
+        assert torch.autograd.gradcheck(lambda x: route(x, K, bias_E=bias, **options)[::2], few)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"bias_E": torch.ones(6)},
+        {"n_group": 3, "topk_group": 2},
+        {"softmax_after_topk": True},
+        {"score_function": "sqrtsoftplus"},
+    ],
+)
+def test_kernel_is_left_to_what_it_computes(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel is replaced, so that calling it shows."""
+    options, logits = {"score_function": "softmax", "normalize": True, **changes}, torch.randn(5, 6)
+    want = route(logits, 2, **options)
+    kernel = types.ModuleType("dmoe.ops.kernels.topk")
+    kernel.route_triton = lambda *args, **kwargs: "the kernel"
+    monkeypatch.setitem(sys.modules, "dmoe.ops.kernels.topk", kernel)
+    monkeypatch.setattr(dmoe.ops.routing, "fused_routing", lambda _: True)
+    for got_part, want_part in zip(route(logits, 2, **options), want, strict=True):
+        assert torch.equal(got_part, want_part)
+    assert route(logits, 2, score_function="softmax", normalize=True) == "the kernel"
+
+
+def test_equal_scores() -> None:
+    """Whichever is chosen: ids are distinct and the weights those of the K highest."""
+    scores = torch.randint(0, 3, (200, 12)).float()
+    for options in ({}, {"bias_E": torch.zeros(12)}, {"n_group": 12, "topk_group": 5}):
+        ids, weights = choose_topk(scores, 5, normalize=False, **options)
+        assert all(len(set(row)) == 5 for row in ids.tolist())
+        assert torch.equal(weights, scores.sort(descending=True).values[:, :5])
+    ids = choose_topk(torch.zeros(50, 12), 4, normalize=False, n_group=4, topk_group=2)[0]
+    assert all(len({e // 3 for e in row}) == 2 for row in ids.tolist())
+    assert all(len(set(row)) == 4 for row in ids.tolist())
+
+
+def test_limit_to_groups() -> None:
+    # Groups (1, 9), (5, 6), (7, 0): sums 10, 11, 7; maxima 9, 6, 7.
+    scores = torch.tensor([[1.0, 9.0, 5.0, 6.0, 7.0, 0.0]])
+    no = float("-inf")
+    assert limit_to_groups(scores, 3, 1, 2).tolist() == [[no, no, 5.0, 6.0, no, no]]
+    assert limit_to_groups(scores, 3, 1, 1).tolist() == [[1.0, 9.0, no, no, no, no]]
+    assert limit_to_groups(scores, 3, 2, 2).tolist() == [[1.0, 9.0, 5.0, 6.0, no, no]]
+    assert limit_to_groups(scores, 3, 2, 1).tolist() == [[1.0, 9.0, no, no, 7.0, 0.0]]
+    assert limit_to_groups(scores, 6, 2, 1).tolist() == [[no, 9.0, no, no, 7.0, no]]
+    assert torch.equal(limit_to_groups(scores, 3, 3, 2), scores)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"top_k": 0}, "top_k is 0: must be from 1 to the 12 experts"),
+        ({"top_k": 13}, "top_k is 13: must be from 1 to the 12 experts"),
+        ({"n_group": 5}, "n_group is 5: must be a divisor of the 12 experts"),
+        ({"n_group": 0}, "n_group is 0"),
+        ({"n_group": 4, "topk_group": 5}, r"topk_group is 5: must be from 1 to n_group \(4\)"),
+        ({"n_group": 4, "topk_group": 0}, "topk_group is 0"),
+        ({"n_group": 4, "group_score_top": 4}, "group_score_top is 4: must be from 1 to the 3 experts of a group"),
+        ({"n_group": 4, "group_score_top": -1}, "group_score_top is -1"),
+        ({"n_group": 4, "top_k": 4, "group_score_top": 1}, r"top_k is 4: must be at most 3, the experts of topk_group"),
+        ({"score_function": "relu"}, "score_function is 'relu': must be one of softmax, sigmoid, sqrtsoftplus"),
+        ({"score_function": "sigmoid", "softmax_after_topk": True}, "score_function is 'sigmoid': must be \"softmax\""),
+    ],
+)
+def test_bad_numbers(changes: dict[str, Any], message: str) -> None:
+    options = {"top_k": 2, "score_function": "softmax", "normalize": False, **changes}
+    with pytest.raises(ConfigError, match=message):
+        route(torch.randn(3, 12), **options)

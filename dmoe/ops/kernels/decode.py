@@ -9,6 +9,8 @@ bandwidth. Two ways, because what keeps the memory busy differs:
   expert on the tensor cores, so weights are read once for all of them. The weights are the left operand: a tensor
   core wants 64 rows there, which weights have and picks do not, while 16 columns suffice on the right. Four launches.
 
+Picks of no expert (id E) are not computed, and left out of the sum over picks.
+
 No host synchronisation, no shape that depends on the routing, no atomics: equal inputs give equal bits.
 
 Legend: T tokens, D width, K picks a token, R = T*K picks, E experts, F expert width, H = 2F (gated) or F. Constants in
@@ -86,13 +88,15 @@ def _load(pointers, columns, width, EVEN: tl.constexpr):
 
 @triton.jit(do_not_specialize=["top_k"])
 def _up_per_token(
-    x_ptr, ids_ptr, scale_ptr, w_ptr, bias_ptr, a_ptr, width, expert_width, top_k,
+    x_ptr, ids_ptr, scale_ptr, w_ptr, bias_ptr, a_ptr, width, expert_width, top_k, num_experts,
     ACT: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr,
     N: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """a[r, f] = weight[r] * act(W1[id_r] x_t)[f] for N values of f, one pick r of token t. Grid (F/N, R)."""
     r = tl.program_id(1)
     e = tl.load(ids_ptr + r).to(tl.int64)
+    if e >= num_experts:
+        return
     f = tl.program_id(0) * N + tl.arange(0, N)
     # Rows beyond the last repeat it: a load that hits the cache costs less than a mask.
     row = tl.minimum(f, expert_width - 1)
@@ -120,7 +124,7 @@ def _up_per_token(
 
 @triton.jit(do_not_specialize=["top_k"])
 def _down_per_token(
-    a_ptr, ids_ptr, scale_ptr, w_ptr, bias_ptr, y_ptr, width, expert_width, top_k,
+    a_ptr, ids_ptr, scale_ptr, w_ptr, bias_ptr, y_ptr, width, expert_width, top_k, num_experts,
     BIAS: tl.constexpr, PICKS: tl.constexpr, ALL: tl.constexpr,
     N: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -132,13 +136,18 @@ def _down_per_token(
     d = tl.program_id(0) * N + tl.arange(0, N)
     row = tl.minimum(d, width - 1)
     k = tl.arange(0, PICKS)
-    e = tl.load(ids_ptr + t * top_k + k, mask=k < top_k, other=0).to(tl.int64)
+    e = tl.load(ids_ptr + t * top_k + k, mask=k < top_k, other=num_experts).to(tl.int64)
+    kept = e < num_experts
+    # A pick of no expert reads the weights of another pick, which are read anyway, and a token without any reads none.
+    some = tl.max(tl.where(kept, e, -1), axis=0)
+    e = tl.where(kept, e, tl.maximum(some, 0))
+    end = expert_width * (some >= 0).to(tl.int32)
     c = tl.arange(0, C)
     columns = c[None, None, :]
     w_ptrs = w_ptr + e[:, None, None] * width * expert_width + row[None, :, None] * expert_width + columns
     a_ptrs = a_ptr + (t * top_k + k[:, None]) * expert_width + c[None, :]
     acc = tl.zeros([PICKS, N, C], tl.float32)
-    for start in tl.range(0, expert_width, C, num_stages=STAGES):
+    for start in tl.range(0, end, C, num_stages=STAGES):
         if ALL:
             w = _load(w_ptrs + start, start + columns, expert_width, EVEN)
             a = _load(a_ptrs + start, start + c[None, :], expert_width, EVEN)
@@ -149,8 +158,9 @@ def _down_per_token(
     y = tl.sum(acc, axis=2)
     if BIAS:
         bias_ptrs = bias_ptr + e[:, None] * width + row[None, :]
-        bias = tl.load(bias_ptrs, mask=(k < top_k)[:, None], other=0.0).to(tl.float32)
-        y += bias * tl.load(scale_ptr + t * top_k + k, mask=k < top_k, other=0.0)[:, None]
+        bias = tl.load(bias_ptrs, mask=kept[:, None], other=0.0).to(tl.float32)
+        y += bias * tl.load(scale_ptr + t * top_k + k, mask=kept, other=0.0)[:, None]
+    y = tl.where(kept[:, None], y, 0.0)  # its activation was not written
     y_n = tl.zeros([N], tl.float32)
     for i in tl.static_range(PICKS):  # in the order of k; a reduction over the tile would be a tree
         y_n += tl.sum(tl.where(k[:, None] == i, y, 0.0), axis=0)
@@ -165,14 +175,15 @@ def _group(
     """Program e writes where expert e's picks are and cuts them into tiles of at most ROWS.
 
     order[R]: picks sorted by expert, within an expert in their own order. tiles[3, num_tiles]: expert (-1: unused),
-    first and last + 1 sorted row. Every program counts all picks itself, which is cheaper than a second launch.
+    first and last + 1 sorted row. Picks of no expert are in no tile. Every program counts all picks itself, which is
+    cheaper than a second launch.
     """
     e = tl.program_id(0)
     num_experts = tl.num_programs(0)
     lane = tl.arange(0, CHUNK)
     counts = tl.zeros([BINS], tl.int32)
     for start in range(0, num_picks, CHUNK):
-        # What lies beyond the last pick falls into the bin after the last expert.
+        # Picks of no expert, and what lies beyond the last pick, fall into the bin after the last expert.
         ids = tl.load(ids_ptr + start + lane, mask=start + lane < num_picks, other=num_experts).to(tl.int32)
         counts += tl.histogram(ids, BINS)
     bins = tl.arange(0, BINS)
@@ -269,13 +280,14 @@ def _down_grouped(
 
 
 @triton.jit
-def _sum_picks(picks_ptr, y_ptr, width, K: tl.constexpr, N: tl.constexpr):
-    """y[t, d] = sum over k of picks[t, k, d], added in the order of k. Grid (D/N, T)."""
+def _sum_picks(picks_ptr, ids_ptr, y_ptr, width, num_experts, K: tl.constexpr, N: tl.constexpr):
+    """y[t, d] = sum over k of picks[t, k, d], added in the order of k, but for those of no expert. Grid (D/N, T)."""
     t = tl.program_id(1).to(tl.int64)
     d = tl.program_id(0) * N + tl.arange(0, N)
     acc = tl.zeros([N], tl.float32)
     for k in tl.static_range(K):  # unrolled, so that no load waits for an addition
-        acc += tl.load(picks_ptr + (t * K + k) * width + d, mask=d < width, other=0.0)
+        kept = tl.load(ids_ptr + t * K + k) < num_experts
+        acc += tl.load(picks_ptr + (t * K + k) * width + d, mask=(d < width) & kept, other=0.0)
     tl.store(y_ptr + t * width + d, acc.to(y_ptr.dtype.element_ty), mask=d < width)
 
 
@@ -289,18 +301,18 @@ def _per_token(
     x_TD: Tensor, ids_TK: Tensor, scale_TK: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None,
     activation: str, tiles: DecodeTiles,
 ) -> Tensor:  # fmt: skip
-    (T, K), (_, D, F) = ids_TK.shape, w2.shape
+    (T, K), (E, D, F) = ids_TK.shape, w2.shape
     picks = triton.next_power_of_2(K)
     a_RF, y_TD = x_TD.new_empty(T * K, F), torch.empty_like(x_TD)
     c, even = _columns(tiles.up, D, x_TD)
     _up_per_token[triton.cdiv(F, tiles.up.n), T * K](
-        x_TD, ids_TK, scale_TK, w1, b1, a_RF, D, F, K,
+        x_TD, ids_TK, scale_TK, w1, b1, a_RF, D, F, K, E,
         ACT=activation, GATED=w1.shape[1] == 2 * F, BIAS=b1 is not None,
         N=tiles.up.n, C=c, EVEN=even, STAGES=tiles.up.stages, num_warps=tiles.up.warps,
     )  # fmt: skip
     c, even = _columns(tiles.down, F, x_TD)
     _down_per_token[triton.cdiv(D, tiles.down.n), T](
-        a_RF, ids_TK, scale_TK, w2, b2, y_TD, D, F, K,
+        a_RF, ids_TK, scale_TK, w2, b2, y_TD, D, F, K, E,
         BIAS=b2 is not None, PICKS=picks, ALL=picks == K,
         N=tiles.down.n, C=c, EVEN=even, STAGES=tiles.down.stages, num_warps=tiles.down.warps,
     )  # fmt: skip
@@ -333,7 +345,7 @@ def _grouped(
         ROWS=rows, N=tiles.down.n, C=c, EVEN=even, num_warps=tiles.down.warps, num_stages=tiles.down.stages,
     )  # fmt: skip
     y_TD = torch.empty_like(x_TD)
-    _sum_picks[triton.cdiv(D, 512), T](y_RD, y_TD, D, K=K, N=512, num_warps=2)
+    _sum_picks[triton.cdiv(D, 512), T](y_RD, ids_TK, y_TD, D, E, K=K, N=512, num_warps=2)
     return y_TD
 
 
@@ -354,7 +366,7 @@ def decode_mlp(
     Args:
         x_TD: [T, D] bf16, fp16 or fp32; T may be 0. Right up to T * K = 65535, the most programs along
             one axis of a grid; meant for up to `DECODE_MAX_TOKENS`.
-        topk_ids_TK: [T, K] int64 or int32, distinct within a row.
+        topk_ids_TK: [T, K] int64 or int32, distinct within a row but for E, which is no expert.
         topk_weights_TK: [T, K] routing weights, applied once in fp32.
         gate_up_proj: [E, 2F, D] (gate rows, then up) or [E, F, D]. Copied if not contiguous, as all arguments.
         down_proj: [E, D, F].

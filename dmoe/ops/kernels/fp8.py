@@ -38,9 +38,11 @@ def _scale_and_inverse(magnitude):
     return bits.to(tl.float32, bitcast=True), inverse.to(tl.float32, bitcast=True)
 
 
-@triton.jit
-def _quantise_rows(rows, inverse, values, scales, M, TOP_K: tl.constexpr, UNROLL: tl.constexpr, BLOCK: tl.constexpr):
-    """One program a row, written to one place, or with `inverse` to TOP_K of them."""
+@triton.jit(do_not_specialize=["num_places"])
+def _quantise_rows(
+    rows, inverse, values, scales, M, num_places, TOP_K: tl.constexpr, UNROLL: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One program a row, written to one place, or with `inverse` to TOP_K of them, but for those beyond the last."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = columns < M
@@ -51,8 +53,8 @@ def _quantise_rows(rows, inverse, values, scales, M, TOP_K: tl.constexpr, UNROLL
         place = row
         if inverse is not None:
             place = tl.load(inverse + row * TOP_K + k).to(tl.int64)
-        tl.store(scales + place, scale)
-        tl.store(values + place * M + columns, y, mask=mask)
+        tl.store(scales + place, scale, mask=place < num_places)
+        tl.store(values + place * M + columns, y, mask=mask & (place < num_places))
 
 
 @triton.jit
@@ -93,10 +95,13 @@ def _add_bias(h, bias, columns, mask):
 
 @triton.jit
 def _activate_rows(
-    h, bias, experts, weights, values, scales, F, ACT: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr
+    h, bias, experts, weights, values, scales, end, F, ACT: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """h += bias of the row's expert; values, scales = Q(weight * act(h)). One program a row."""
+    """h += bias of the row's expert; values, scales = Q(weight * act(h)). One program a row, up to the row `end`."""
     row = tl.program_id(0).to(tl.int64)
+    if end is not None:  # noqa: SIM102 - the compiler decides this, the program the next
+        if row >= tl.load(end):
+            return
     H = F * (2 if GATED else 1)
     h += row * H
     if bias is not None:
@@ -116,11 +121,15 @@ def _activate_rows(
 
 @triton.jit
 def _activate_backward_rows(
-    grad_a, h, weights, grad_h, a, grad_s, values, scales, F,
+    grad_a, h, weights, grad_h, a, grad_s, values, scales, end, F,
     ACT: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """grad_h, a = weight * act(h) in bf16, grad_s = <grad_a, act(h)>, values, scales = Q(grad_h); one program a row."""
+    """grad_h, a = weight * act(h) in bf16, grad_s = <grad_a, act(h)>, values, scales = Q(grad_h). One program a row, up
+    to the row `end`."""
     row = tl.program_id(0).to(tl.int64)
+    if end is not None:  # noqa: SIM102 - the compiler decides this, the program the next
+        if row >= tl.load(end):
+            return
     H = F * (2 if GATED else 1)
     h += row * H
     grad_h += row * H
@@ -161,18 +170,23 @@ def _sizes(width: int) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": min(16, max(1, block // 256))}
 
 
+def _end(offsets_E: Tensor | None) -> Tensor | None:
+    """The end of the last expert's rows, on the device."""
+    return None if offsets_E is None else offsets_E[-1:]
+
+
 def quantise_rows(rows: Tensor, inverse_TK: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """values and scales of `rows` [..., N, M] contiguous; with `inverse_TK`, T = N, each at the K rows [R, M] it names.
 
     Args:
-        inverse_TK: int32 or int64, a permutation of 0 .. R - 1.
+        inverse_TK: int32 or int64, no row twice; R names none. Rows that it does not name are undefined.
     """
     shape = rows.shape if inverse_TK is None else (inverse_TK.numel(), rows.shape[-1])
     values, scales = rows.new_empty(shape, dtype=_E4M3), rows.new_empty(shape[:-1], dtype=torch.float32)
     top_k = 1 if inverse_TK is None else inverse_TK.shape[1]
     if values.numel():
         _quantise_rows[(rows.numel() // rows.shape[-1],)](
-            rows, inverse_TK, values, scales, rows.shape[-1],
+            rows, inverse_TK, values, scales, rows.shape[-1], scales.numel(),
             TOP_K=top_k, UNROLL=min(top_k, 8), **_sizes(rows.shape[-1]),
         )  # fmt: skip
     return values, scales
@@ -191,28 +205,33 @@ def quantise_columns(weights_EMN: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def activate_rows(
-    h_RH: Tensor, bias_EH: Tensor | None, experts_R: Tensor, scale_R1: Tensor, activation: str, is_gated: bool
-) -> tuple[Tensor, Tensor]:
-    """values [R, F] and scales [R] of the activation times the routing weight; the bias is first added to `h_RH`."""
+    h_RH: Tensor, bias_EH: Tensor | None, experts_R: Tensor, scale_R1: Tensor, activation: str, is_gated: bool,
+    offsets_E: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """values [R, F] and scales [R] of the activation times the routing weight; the bias is first added to `h_RH`.
+
+    With `offsets_E` rows after the last expert's are left out, and undefined.
+    """
     num_rows, width = h_RH.shape[0], h_RH.shape[1] // (2 if is_gated else 1)
     values, scales = h_RH.new_empty(num_rows, width, dtype=_E4M3), scale_R1.new_empty(num_rows)
     if num_rows:
         _activate_rows[(num_rows,)](
-            h_RH, bias_EH, experts_R, scale_R1, values, scales, width, ACT=activation, GATED=is_gated, **_sizes(width)
-        )
+            h_RH, bias_EH, experts_R, scale_R1, values, scales, _end(offsets_E), width,
+            ACT=activation, GATED=is_gated, **_sizes(width),
+        )  # fmt: skip
     return values, scales
 
 
 def activate_backward_rows(
-    grad_a_RF: Tensor, h_RH: Tensor, scale_R1: Tensor, activation: str, is_gated: bool
+    grad_a_RF: Tensor, h_RH: Tensor, scale_R1: Tensor, activation: str, is_gated: bool, offsets_E: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """grad_h [R, H] and a [R, F] in bf16, grad_s [R], and values [R, H] and scales [R] of grad_h."""
+    """grad_h [R, H] and a [R, F] in bf16, grad_s [R], and values [R, H] and scales [R] of grad_h; as above."""
     num_rows, width = grad_a_RF.shape
     grad_h, a, values = torch.empty_like(h_RH), torch.empty_like(grad_a_RF), torch.empty_like(h_RH, dtype=_E4M3)
     grad_s, scales = scale_R1.new_empty(num_rows), scale_R1.new_empty(num_rows)
     if num_rows:
         _activate_backward_rows[(num_rows,)](
-            grad_a_RF, h_RH, scale_R1, grad_h, a, grad_s, values, scales, width,
+            grad_a_RF, h_RH, scale_R1, grad_h, a, grad_s, values, scales, _end(offsets_E), width,
             ACT=activation, GATED=is_gated, **_sizes(width),
         )  # fmt: skip
     return grad_h, a, grad_s, values, scales

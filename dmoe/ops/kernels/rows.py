@@ -2,7 +2,8 @@
 
 Both go through the inverse permutation with one program a token and a part of its width, so that a token's own row is
 read or written once and no row twice. The sum of rows is what the combine of the forward and the gradient of x need;
-spreading is its transpose and replaces a gather, which would read every token K times.
+spreading is its transpose and replaces a gather, which would read every token K times. An index that is no row's, R or
+more, is that of a pick of no expert: it is skipped.
 
 Legend: T tokens, D width, K picks, R = T*K rows sorted by expert.
 """
@@ -25,9 +26,9 @@ def _token_and_columns(width, parts, BLOCK: tl.constexpr):
     return (program // parts).to(tl.int64), columns, columns < width
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _sum_picks(
-    y_ptr, inverse_ptr, out_ptr, y_stride, out_stride, width, parts,
+    y_ptr, inverse_ptr, out_ptr, y_stride, out_stride, width, num_rows, parts,
     TOP_K: tl.constexpr, UNROLL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token, columns, mask = _token_and_columns(width, parts, BLOCK)
@@ -35,20 +36,20 @@ def _sum_picks(
     for k in tl.range(0, TOP_K, loop_unroll_factor=UNROLL):
         # Rows times width can pass 2**31.
         row = tl.load(inverse_ptr + token * TOP_K + k).to(tl.int64)
-        total += tl.load(y_ptr + row * y_stride + columns, mask=mask, other=0.0).to(tl.float32)
+        total += tl.load(y_ptr + row * y_stride + columns, mask=mask & (row < num_rows), other=0.0).to(tl.float32)
     tl.store(out_ptr + token * out_stride + columns, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _spread_rows(
-    x_ptr, inverse_ptr, out_ptr, x_stride, out_stride, width, parts,
+    x_ptr, inverse_ptr, out_ptr, x_stride, out_stride, width, num_rows, parts,
     TOP_K: tl.constexpr, UNROLL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token, columns, mask = _token_and_columns(width, parts, BLOCK)
     x = tl.load(x_ptr + token * x_stride + columns, mask=mask)
     for k in tl.range(0, TOP_K, loop_unroll_factor=UNROLL):
         row = tl.load(inverse_ptr + token * TOP_K + k).to(tl.int64)
-        tl.store(out_ptr + row * out_stride + columns, x, mask=mask)
+        tl.store(out_ptr + row * out_stride + columns, x, mask=mask & (row < num_rows))
 
 
 def sum_picks_triton(y_RD: Tensor, inverse_TK: Tensor, out: Tensor | None = None) -> Tensor:
@@ -58,7 +59,7 @@ def sum_picks_triton(y_RD: Tensor, inverse_TK: Tensor, out: Tensor | None = None
 
     Args:
         y_RD: fp32, bf16 or fp16, last dimension contiguous.
-        inverse_TK: int32 or int64.
+        inverse_TK: int32 or int64; R or more adds nothing.
         out: [T, D] of the dtype of y_RD, to write to.
     """
     num_tokens, top_k = inverse_TK.shape
@@ -69,7 +70,8 @@ def sum_picks_triton(y_RD: Tensor, inverse_TK: Tensor, out: Tensor | None = None
         return y_TD.zero_()
     if num_tokens and width:
         grid, sizes = _launch(num_tokens, top_k, width)
-        _sum_picks[grid](y_RD, inverse_TK.contiguous(), y_TD, y_RD.stride(0), y_TD.stride(0), width, **sizes)
+        strides = y_RD.stride(0), y_TD.stride(0)
+        _sum_picks[grid](y_RD, inverse_TK.contiguous(), y_TD, *strides, width, y_RD.shape[0], **sizes)
     return y_TD
 
 
@@ -78,7 +80,7 @@ def spread_rows(x_TD: Tensor, inverse_TK: Tensor, out: Tensor | None = None) -> 
 
     Args:
         x_TD: last dimension contiguous.
-        inverse_TK: int32 or int64, no row twice.
+        inverse_TK: int32 or int64, no row twice; as many as the result has rows, or more, names none.
         out: [R or more, D] of the dtype of x_TD; rows that inverse_TK does not name are left as they are.
     """
     num_tokens, top_k = inverse_TK.shape
@@ -89,7 +91,8 @@ def spread_rows(x_TD: Tensor, inverse_TK: Tensor, out: Tensor | None = None) -> 
         raise ValueError(f"out has {x_RD.shape[0]} rows for {num_tokens * top_k} picks")
     if num_tokens and top_k and width:
         grid, sizes = _launch(num_tokens, top_k, width)
-        _spread_rows[grid](x_TD, inverse_TK.contiguous(), x_RD, x_TD.stride(0), x_RD.stride(0), width, **sizes)
+        strides = x_TD.stride(0), x_RD.stride(0)
+        _spread_rows[grid](x_TD, inverse_TK.contiguous(), x_RD, *strides, width, x_RD.shape[0], **sizes)
     return x_RD
 
 

@@ -27,13 +27,14 @@ _EXPERTS_AT_ONCE = 16
 
 
 @triton.jit
-def _load_ids(ids_ptr, rows, num_rows):
-    return tl.load(ids_ptr + rows, mask=rows < num_rows, other=0).to(tl.int32)
+def _load_ids(ids_ptr, rows, num_rows, num_experts):
+    """Expert ids; num_experts, the id of no expert, beyond the last row too."""
+    return tl.load(ids_ptr + rows, mask=rows < num_rows, other=num_experts).to(tl.int32)
 
 
 @triton.jit
 def _sort_block(ids, valid, BLOCK: tl.constexpr, E_PAD: tl.constexpr):
-    """(expert, index in the block) of a block's rows in the order of both; what is not valid comes last."""
+    """(expert, index in the block) of a block's rows in the order of both; what is not valid comes last, as E_PAD."""
     key = tl.where(valid, ids, E_PAD) * BLOCK + tl.arange(0, BLOCK)
     key = tl.sort(key)
     return key // BLOCK, key % BLOCK
@@ -45,21 +46,22 @@ def _sort_in_one_block(
 ):
     slots = tl.arange(0, BLOCK)
     experts = tl.arange(0, E_PAD)
-    valid = slots < num_rows
-    ids = _load_ids(ids_ptr, slots, num_rows)
+    ids = _load_ids(ids_ptr, slots, num_rows, num_experts)
+    valid = ids < num_experts
     ends = tl.cumsum(tl.histogram(ids, E_PAD, mask=valid), 0)
     tl.store(offsets_ptr + experts, ends, mask=experts < num_experts)
-    _, rows = _sort_block(ids, valid, BLOCK, E_PAD)
-    tl.store(order_ptr + slots, rows, mask=valid)
-    tl.store(inverse_ptr + rows, slots, mask=valid)
+    expert, rows = _sort_block(ids, valid, BLOCK, E_PAD)
+    tl.store(order_ptr + slots, rows, mask=slots < num_rows)
+    tl.store(inverse_ptr + rows, tl.where(expert < E_PAD, slots, num_rows), mask=rows < num_rows)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _count_blocks(ids_ptr, counts_ptr, num_rows, BLOCK: tl.constexpr, E_PAD: tl.constexpr):
+def _count_blocks(ids_ptr, counts_ptr, num_rows, num_experts, BLOCK: tl.constexpr, E_PAD: tl.constexpr):
     """counts[b, e]: rows of block b that go to expert e."""
     block = tl.program_id(0)
     rows = block * BLOCK + tl.arange(0, BLOCK)
-    counts = tl.histogram(_load_ids(ids_ptr, rows, num_rows), E_PAD, mask=rows < num_rows)
+    ids = _load_ids(ids_ptr, rows, num_rows, num_experts)
+    counts = tl.histogram(ids, E_PAD, mask=ids < num_experts)
     tl.store(counts_ptr + block * E_PAD + tl.arange(0, E_PAD), counts)
 
 
@@ -88,8 +90,7 @@ def _place_rows(
     block = tl.program_id(0)
     slots = tl.arange(0, BLOCK)
     experts = tl.arange(0, E_PAD)
-    valid = block * BLOCK + slots < num_rows
-    ids = _load_ids(ids_ptr, block * BLOCK + slots, num_rows)
+    ids = _load_ids(ids_ptr, block * BLOCK + slots, num_rows, num_experts)
 
     totals = tl.load(before_ptr + num_blocks * E_PAD + experts)
     ends = tl.cumsum(totals, 0)
@@ -100,19 +101,23 @@ def _place_rows(
     # The row in slot s of the sorted block is number s - start_in_block of its expert's rows in this block.
     shift = ends - totals + tl.load(before_ptr + block * E_PAD + experts) - start_in_block
 
-    expert, index = _sort_block(ids, valid, BLOCK, E_PAD)
+    expert, index = _sort_block(ids, ids < num_experts, BLOCK, E_PAD)
     place = slots + tl.gather(shift, tl.minimum(expert, E_PAD - 1), 0)
     row = block * BLOCK + index
-    tl.store(order_ptr + place, row, mask=valid)
-    tl.store(inverse_ptr + row, place, mask=valid)
+    kept = expert < E_PAD
+    tl.store(order_ptr + place, row, mask=kept)
+    tl.store(inverse_ptr + row, tl.where(kept, place, num_rows), mask=row < num_rows)
+    # What follows the rows of the experts is read by no product, but must name a pick.
+    here = block * BLOCK + slots
+    tl.store(order_ptr + here, tl.zeros([BLOCK], tl.int32), mask=(here >= tl.sum(totals, 0)) & (here < num_rows))
 
 
 def counting_sort(topk_ids_TK: Tensor, num_experts: int, *, block: int = _BLOCK) -> Permutation:
     """`dmoe.ops.sort_by_expert` in int32, for use inside an operator.
 
     Args:
-        topk_ids_TK: int32 or int64 expert ids in [0, num_experts), T * K < 2**31. An id outside that range is not
-            noticed and makes rows be written anywhere.
+        topk_ids_TK: int32 or int64 expert ids in [0, num_experts], T * K < 2**31. A negative id is not noticed and
+            makes rows be written anywhere.
         block: rows that one program sorts, a power of two. No more rows than that take one launch.
     """
     num_rows = topk_ids_TK.numel()
@@ -142,7 +147,7 @@ def counting_sort(topk_ids_TK: Tensor, num_experts: int, *, block: int = _BLOCK)
     counts_BE = ids_R.new_empty(num_blocks, padded, dtype=torch.int32)
     before_BE = ids_R.new_empty(num_blocks + 1, padded, dtype=torch.int32)
     sizes = {"BLOCK": block, "E_PAD": padded}
-    _count_blocks[(num_blocks,)](ids_R, counts_BE, num_rows, **sizes, num_warps=4)
+    _count_blocks[(num_blocks,)](ids_R, counts_BE, num_rows, num_experts, **sizes, num_warps=4)
     _add_up_blocks[(padded // _EXPERTS_AT_ONCE,)](
         counts_BE, before_BE, num_blocks, E_PAD=padded, BLOCKS=_BLOCKS_AT_ONCE, EXPERTS=_EXPERTS_AT_ONCE, num_warps=4
     )

@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dmoe.ops.balancing import MIN_SUM
 from dmoe.ops.platform import on_its_device
-from dmoe.ops.routing import MIN_SUM
 
 _ELEMENTS = 512  # logits that a program of one warp holds: 16 a thread
 _UNROLL = 4
