@@ -1,0 +1,1 @@
+"""`megablocks.backend`: the functions beneath the operators; see `kernels`."""
