@@ -211,7 +211,7 @@ def _integers(text: str) -> list[int]:
     return numbers
 
 
-def _shapes(text: str) -> list[Shape]:
+def parse_shapes(text: str) -> list[Shape]:
     shapes = []
     for part in text.split(","):
         sizes = LAYERS.get(part)
@@ -239,7 +239,7 @@ def _some_of(allowed: tuple[str, ...], text: str) -> list[str]:
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(prog="moe_layer.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--shape", type=_shapes, help=f"{', '.join(LAYERS)} (all), or D/F/E/K; with commas between")
+    add("--shape", type=parse_shapes, help=f"{', '.join(LAYERS)} (all), or D/F/E/K; with commas between")
     add("--tokens", type=_integers, help="numbers of tokens (4096,16384,32768)")
     add("--routing", type=partial(_some_of, ROUTINGS), default=["uniform"], help="uniform, skewed, one (uniform)")
     add("--kinds", type=partial(_some_of, _MEASURED), default=list(_MEASURED), help=f"{','.join(_MEASURED)} (all)")
@@ -267,7 +267,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     }
     if options.quick:
         defaults |= _QUICK
-    for name, convert in (("shape", _shapes), ("tokens", _integers), ("decode", _integers), ("rounds", int)):
+    for name, convert in (("shape", parse_shapes), ("tokens", _integers), ("decode", _integers), ("rounds", int)):
         if getattr(options, name) is None:
             setattr(options, name, convert(defaults[name]))
     options.error_tokens = defaults.get("error_tokens", _ERROR_TOKENS)
