@@ -9,8 +9,9 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --con
 train: $(VENV)/core
 	$(BIN)/dmoe train $(ARGS)
 
+# A process a core, files of tests in turn, each with one thread.
 test: lint
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-import grouped_gemm
+import grouped_products
 import moe_layer
 import moe_peers
 
@@ -303,7 +303,7 @@ def test_published_layers():
 
 @pytest.mark.parametrize("storage", ["ours", "megablocks"])
 def test_the_18_problems(storage):
-    problems = grouped_gemm.problems(storage=storage)
+    problems = grouped_products.problems(storage=storage)
     assert len(problems) == 18
     assert {(p.rows, p.num_experts, min(p.width_in, p.width_out), max(p.width_in, p.width_out)) for p in problems} == {
         (65536, 64, 512, 2048), (32768, 64, 768, 3072), (8192, 64, 1024, 4096),
@@ -320,7 +320,7 @@ def test_the_18_problems(storage):
 @pytest.mark.parametrize("name", ["bmm", "grouped_mm"])
 def test_grouped_products_are_those_of_a_layer(storage, name):
     """Against autograd of a loop over experts in fp64."""
-    for problem in grouped_gemm.problems({"tiny": (32, 16)}, 4, storage):
+    for problem in grouped_products.problems({"tiny": (32, 16)}, 4, storage):
         offsets = torch.arange(8, 33, 8, dtype=torch.int32)
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(32, problem.width_in, generator=generator).bfloat16()
@@ -336,14 +336,14 @@ def test_grouped_products_are_those_of_a_layer(storage, name):
             "forward": (x, weight), "grad_x": (dy, weight), "grad_w": (dy, x) if problem.out_first else (x, dy),
         }[problem.product]  # fmt: skip
         assert [tuple(t.shape) for t in operands] == [tuple(t.shape) for t in problem.operands(CPU)]
-        got = grouped_gemm.IMPLEMENTATIONS[name](problem, offsets)(*operands)
+        got = grouped_products.IMPLEMENTATIONS[name](problem, offsets)(*operands)
         torch.testing.assert_close(got.reshape(expected.shape).double(), expected.detach(), rtol=1e-2, atol=0.1)
 
 
-def test_grouped_gemm_command(tmp_path, monkeypatch, capsys):
+def test_grouped_products_command(tmp_path, monkeypatch, capsys):
     path = tmp_path / "products.json"
     arguments = ["--device", "cpu", "--quick", "--rounds", "2", "--json", str(path)]
-    assert grouped_gemm.main(arguments) == 0
+    assert grouped_products.main(arguments) == 0
     report = json.loads(path.read_text())
     assert len(report["problems"]) == 18
     percents = []
@@ -355,15 +355,15 @@ def test_grouped_gemm_command(tmp_path, monkeypatch, capsys):
     assert "mean of 18 problems" in capsys.readouterr().out
 
     def wrong(problem, offsets):
-        return lambda left, right: 1.1 * grouped_gemm.grouped_mm(problem, offsets)(left, right)
+        return lambda left, right: 1.1 * grouped_products.grouped_mm(problem, offsets)(left, right)
 
     def broken(problem, offsets):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    implementations = {"wrong": wrong, "broken": broken, "bmm": grouped_gemm.bmm}
-    monkeypatch.setattr(grouped_gemm, "IMPLEMENTATIONS", implementations)
-    monkeypatch.setattr(grouped_gemm, "MODELS", {"XS": grouped_gemm.MODELS["XS"]})
-    assert grouped_gemm.main(arguments) == 1
+    implementations = {"wrong": wrong, "broken": broken, "bmm": grouped_products.bmm}
+    monkeypatch.setattr(grouped_products, "IMPLEMENTATIONS", implementations)
+    monkeypatch.setattr(grouped_products, "MODELS", {"XS": grouped_products.MODELS["XS"]})
+    assert grouped_products.main(arguments) == 1
     output = capsys.readouterr().out
     assert output.count("WRONG") == 6
     assert output.count("out of memory") == 6

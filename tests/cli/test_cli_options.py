@@ -153,14 +153,14 @@ def changed(config):
 
 
 FP8 = {"precision": "fp8", "backend": None, "intermediate_size": 272, "latent_size": 16}
-SINKHORN = {"routing": "sinkhorn", "score_function": "softmax", "softmax_after_topk": True} | {
+HASH = {"routing": "hash", "softmax_after_topk": True, "score_function": "softmax"} | {
     "expert_bias_rate": 0.0,
     "n_group": 1,
     "topk_group": 1,
 }
 
 
-@pytest.mark.parametrize("moe", [{}, FP8, SINKHORN], ids=["", "fp8", "sinkhorn"])
+@pytest.mark.parametrize("moe", [{}, FP8, HASH], ids=["", "fp8", "hash"])
 def test_yaml_round_trip(tmp_path, moe):
     config = changed(RunConfig())
     model = config.model

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 from datetime import timedelta
-from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from layout_cases import CASES, LOSSES, run_case, supported
 
 from dmoe.ops.collectives import leave_process_group
+from dmoe.parallel import mesh
 
 # Of loss, auxiliary losses and gradient norm, relative; and of every updated parameter, absolute.
 TOLERANCE = {"fp32": 1e-5, "fp64": 1e-9}
@@ -24,7 +25,9 @@ def rank_main(rank: int, world: int, folder: str, only: list[str] | None = None)
     # still for a minute.
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=300))
     # All of the compiler but the generation of C++, which takes half a minute a case.
-    torch.nn.Module.compile = partialmethod(torch.nn.Module.compile, backend="aot_eager")  # type: ignore[method-assign]
+    torch.nn.Module.compile = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")  # type: ignore[method-assign]
+    # Groups for each size of mesh once: each has threads, and hundreds of them slow one another down.
+    mesh.init_device_mesh = functools.cache(mesh.init_device_mesh)  # type: ignore[assignment]
     references = torch.load(Path(folder) / "references.pt", weights_only=True)
     failures = []
     for name, case in CASES[world].items():

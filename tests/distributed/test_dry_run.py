@@ -67,8 +67,8 @@ def test_traffic_by_hand(plans: dict[str, Plan]) -> None:
     assert rank.sent["dp_replicate: all_reduce"] == 2 * rank.peak["weights"] // 2
     # Keys and values, 2 heads of 8, go to the other rank that has the sequence; their gradients come back.
     assert rank.sent["cp: all_gather"] == micro_batches * 3 * (2 * tokens * 2 * 8) * 4
-    # Sums of 8 counts, 8 probabilities and 3 scalars in fp64, over 4 ranks.
-    assert rank.sent["batch: all_reduce of auxiliary losses"] == micro_batches * moe_layers * 19 * 8 * 2 * 3 // 4
+    # Sums of 8 counts, 8 probabilities and 6 scalars in fp64, over 4 ranks.
+    assert rank.sent["batch: all_reduce of auxiliary losses"] == micro_batches * moe_layers * 22 * 8 * 2 * 3 // 4
     # Half the rows go elsewhere: with a weight there, without one back; gradients likewise; and 4 counts in int64.
     rank = plans["fsdp 2 x ep 2"].ranks[0]
     rows = tokens * 2 // 2

@@ -154,3 +154,16 @@ def test_inductor() -> None:
     compiled = torch.compile(layer, fullgraph=True)
     for want, got in zip(step(layer, layer, x), step(layer, compiled, x), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options", [{"capacity_factor": 0.7, "pad_to_capacity": True}, {"routing": "expert_choice"}, {}]
+)
+def test_export(options: dict[str, object]) -> None:
+    """Nothing is read on the host, which a graph could not hold: for the exported number of tokens."""
+    layer, x = build(**options).eval(), torch.randn(2, 9, 16)
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[1, 4:] = False
+    exported = torch.export.export(layer, (x,), {"token_mask": mask}, strict=False).module()
+    for tokens in (x, torch.randn(2, 9, 16)):
+        torch.testing.assert_close(exported(tokens, token_mask=mask), layer(tokens, token_mask=mask))

@@ -37,8 +37,8 @@ def nan_at(monkeypatch, *calls: int) -> None:
     """Make the loss of these forward passes (from 0) nan."""
     original, count = Engine.micro_loss, itertools.count()
 
-    def loss(self, inputs, targets):
-        value = original(self, inputs, targets)
+    def loss(self, batch):
+        value = original(self, batch)
         return value * math.nan if torch.is_grad_enabled() and next(count) in calls else value
 
     monkeypatch.setattr(Engine, "micro_loss", loss)

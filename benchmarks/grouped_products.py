@@ -1,6 +1,6 @@
 """Grouped products against balanced batched ones, on the 18 problems of MegaBlocks (arXiv:2211.15841, figure 9).
 
-    python benchmarks/grouped_gemm.py [--storage ours|megablocks] [--rounds N] [--json FILE]
+    python benchmarks/grouped_products.py [--storage ours|megablocks] [--rounds N] [--json FILE]
 
 Three models (MoE-XS, Small, Medium: width 512, 768, 1024; experts of 4 times the width; 64 experts, top-1; 64, 32 and
 8 sequences of 1024 tokens), and of each the six products of a plain two-layer expert: forward, gradient of the input
@@ -207,7 +207,9 @@ def mean_percent(entries: list[dict[str, Any]], name: str) -> float | None:
 
 def main(arguments: list[str]) -> int:
     """Print a line a problem and the means; 1 if a product is wrong."""
-    parser = Parser(prog="grouped_gemm.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="grouped_products.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--storage", choices=["ours", "megablocks"], default="ours", help="how weights are stored (ours)"
     )
