@@ -10,7 +10,6 @@ from dmoe.config.checks import require, require_not_negative, require_positive, 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_swiglu"]
 Backend = Literal["reference", "torch", "triton"]
 Routing = Literal["topk", "sinkhorn", "expert_choice", "hash", "random", "uniform"]
-SCORED = ("topk", "sinkhorn", "expert_choice")
 
 
 @dataclass(frozen=True, kw_only=True)

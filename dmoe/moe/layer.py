@@ -148,9 +148,8 @@ class MoE(nn.Module):
         sequences = None
         if self.config.seq_aux_loss_coef:
             sequences = sequence_sums(routing, num_sequences, self.groups.sequence)
-        counts_so_far = self.step_load is not None and self.config.global_aux_loss_coef > 0
-        step_counts_E = self.step_load.step_E if self.step_load is not None and counts_so_far else None
-        return start_batch_sums(routing, self.groups, sequences, step_counts_E), sequences
+        load = self.step_load if self.config.global_aux_loss_coef else None
+        return start_batch_sums(routing, self.groups, sequences, None if load is None else load.step_E), sequences
 
     @property
     def _records(self) -> bool:

@@ -35,7 +35,7 @@ def load_fields(summaries: dict[str, LoadSummary]) -> dict[str, Any]:
         "dead_experts": [s.dead_experts for s in layers],
     }
     if any(s.dropped for s in layers):
-        fields["dropped"] = [s.dropped / sum(s.tokens_per_expert) for s in layers]
+        fields["dropped"] = [s.dropped / max(sum(s.tokens_per_expert), 1) for s in layers]
     return fields
 
 
