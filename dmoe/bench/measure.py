@@ -55,8 +55,10 @@ def saved_bytes(run: Callable[[], Tensor], known: Sequence[Tensor]) -> int:
     held: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
-        held.append(tensor)  # kept alive, so that no two storages can have had the same address
-        return tensor
+        # Kept alive, so that no two storages can have had the same address. Not as the tensor itself: a node that saves
+        # its own output would hold what holds the node, for ever.
+        held.append(tensor.detach())
+        return held[-1]
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = run()

@@ -4,6 +4,7 @@ import contextlib
 import json
 import sys
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -182,6 +183,18 @@ def test_saved_bytes_counts_storages_once():
     assert saved_bytes(function, [x]) == 160 + 80
     assert saved_bytes(lambda: x.exp(), [x]) == 0  # the output itself
     assert saved_bytes(lambda: x.sin() + 1, []) == 160  # x, if it is not known
+
+
+def test_saved_bytes_leaves_no_tensor_alive():
+    results = []
+
+    def function():
+        y = torch.randn(10, requires_grad=True).exp()  # its node saves it
+        results.append(weakref.ref(y))
+        return y.sin()
+
+    saved_bytes(function, [])
+    assert results[0]() is None
 
 
 def test_saved_bytes_of_ours_is_the_pre_activation():

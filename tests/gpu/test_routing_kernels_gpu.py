@@ -79,8 +79,11 @@ def test_route_large(T: int, E: int, K: int, options: dict[str, object]) -> None
     check_choice(scores, ids, K)
     torch.testing.assert_close(scores.double(), want_scores, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(weights.double(), want_weights, rtol=1e-5, atol=2e-6)
-    same = (ids == want_ids).all(1)  # scores equal but for rounding may be chosen otherwise
-    assert same.float().mean() > 0.99
+    same = (ids == want_ids).all(1)
+    ranked = want_scores.topk(K + 1).values
+    tied = (ranked[:, :-1] - ranked[:, 1:] <= 1e-6 * ranked[:, :-1]).any(1)  # equal but for rounding: either is right
+    assert same[~tied].all()
+    assert tied.float().mean() < 0.6
     (want,) = torch.autograd.grad((want_scores, want_weights), wide, tuple(g.double() for g in grads))
     torch.testing.assert_close(grad.double()[same], want[same], rtol=1e-4, atol=1e-5)
     for _ in range(3):
