@@ -1,0 +1,5 @@
+import sys
+
+from multiprocessing_pdb.client import main
+
+sys.exit(main())
