@@ -7,7 +7,8 @@ Prints two tables: the bandwidth of `all_to_all` over message sizes, and the tim
 tokens spread evenly over the experts or crowded on those of the last rank, for each payload. There, "exchange" is the
 share of the step spent in the exchange when each message is waited for at once, and "hidden" the part of that time
 which the step no longer spends when the shared expert is computed meanwhile: with gloo, by how much less a rank is kept
-waiting; with NCCL, whose host does not wait, the difference between the steps. `--json FILE` writes both.
+waiting; with NCCL, whose host does not wait, the difference between the steps. "alone" is the same layer with all its
+experts on each rank and nothing exchanged. `--json FILE` writes both.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from dmoe.ops.all_to_all import all_to_all
 from dmoe.ops.collectives import leave_process_group
 from dmoe.ops.exchange import PAYLOADS
 
-SIZES = tuple(2**power for power in range(12, 27, 2))
+SIZES = tuple(2**power for power in range(12, 31, 2))
 ROUTINGS = ("balanced", "skewed")
 
 
@@ -97,24 +98,30 @@ class Layer:
             aux_loss_coef=0,
             z_loss_coef=0,
         )
-        self.layer = MoE(config, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.layer = MoE(config, device=device, dtype=dtype)
+        self.whole = MoE(config, device=device, dtype=dtype)
+        self.whole.load_state_dict(self.layer.state_dict())
         rank, world = dist.get_rank(), dist.get_world_size()
         num_local = args.num_experts // world
         for name, parameter in list(self.layer.experts.named_parameters()):
             own = parameter.detach()[rank * num_local : (rank + 1) * num_local].clone()
             self.layer.experts.register_parameter(name, nn.Parameter(own))
         torch.manual_seed(1 + rank)
-        dtype = self.layer.router.weight.dtype
         self.x = torch.randn(args.tokens, args.hidden_size, device=device).to(dtype).requires_grad_()
         self.grad = torch.randn_like(self.x)
         with torch.no_grad():
             if routing == "skewed":  # a direction that all tokens have, and that the last rank's experts like
                 self.x[:, 0] = 4
-                self.layer.router.weight[-num_local:, 0] += 1
+                for layer in (self.layer, self.whole):
+                    layer.router.weight[-num_local:, 0] += 1
 
     def step(self, dispatcher: AllToAllDispatcher) -> None:
         self.layer.dispatcher = dispatcher
         self.layer(self.x).backward(self.grad)
+
+    def step_alone(self) -> None:
+        self.whole(self.x).backward(self.grad)
 
     def received_rows(self) -> int:
         """The most rows that a rank takes in."""
@@ -163,8 +170,13 @@ def time_layer(args: argparse.Namespace, device: torch.device) -> list[dict[str,
     kinds = [(r, p, k) for r in ROUTINGS for p in PAYLOADS for k in (AllToAllDispatcher, WaitsAtOnce)]
     times: dict[Any, list[float]] = {kind: [] for kind in kinds}
     inside: dict[Any, list[float]] = {kind: [] for kind in kinds}
+    alone: dict[str, list[float]] = {routing: [] for routing in ROUTINGS}
     order = random.Random(0)
     for round_number in range(args.rounds + 1):
+        for routing in ROUTINGS:
+            took = seconds(layers[routing].step_alone, device)
+            if round_number:
+                alone[routing].append(took)
         for kind in order.sample(kinds, len(kinds)):
             routing, payload, cls = kind
             dispatcher = cls(group, args.num_experts, payload=payload)
@@ -173,7 +185,8 @@ def time_layer(args: argparse.Namespace, device: torch.device) -> list[dict[str,
             if round_number:
                 times[kind].append(took)
                 inside[kind].append(spent)
-    return [summarize(layers[r], r, p, times, inside, device) for r in ROUTINGS for p in PAYLOADS]
+    rows = [summarize(layers[r], r, p, times, inside, device) for r in ROUTINGS for p in PAYLOADS]
+    return [row | {"seconds_alone": statistics.median(alone[row["routing"]])} for row in rows]
 
 
 def seconds_inside(run: Callable[[], Any], device: torch.device) -> float:
@@ -217,11 +230,13 @@ def report(summary: dict[str, Any]) -> None:
     print(f"\n{summary['layer']}\n")
     print(
         f"{'routing':10}{'payload':>8}{'most rows':>11}{'no overlap':>13}{'exchange':>10}{'overlap':>11}{'hidden':>9}"
+        f"{'alone':>11}"
     )
     for r in summary["steps"]:
         print(
             f"{r['routing']:10}{r['payload']:>8}{r['most_rows']:>11}{r['seconds_waiting'] * 1e3:>10.2f} ms"
             f"{r['exchange_share']:>10.1%}{r['seconds_overlapped'] * 1e3:>8.2f} ms{r['hidden']:>9.1%}"
+            f"{r['seconds_alone'] * 1e3:>8.2f} ms"
         )
 
 
@@ -267,7 +282,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2, help="ranks to start here; torchrun's own count otherwise")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of a rank")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--max-bytes", type=int, default=SIZES[-1], help="largest message")
+    parser.add_argument("--max-bytes", type=int, default=2**26, help="largest message")
     parser.add_argument("--tokens", type=int, default=2048, help="of a rank")
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--intermediate-size", type=int, default=256)
