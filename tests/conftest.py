@@ -5,6 +5,8 @@ import os
 # Before torch loads: a spinning OpenMP thread takes the core that another test process needs.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+# No pool of compiler processes, each of which would import torch first.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import random
 

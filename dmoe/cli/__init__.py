@@ -10,7 +10,10 @@ import sys
 
 VERBS = {
     "train": "train a model",
+    "upcycle": "make a mixture-of-experts model of a dense one",
     "generate": "continue a prompt with a trained model",
+    "lora": "merge the adapters of a run into its weights, or export them for PEFT",
+    "convert": "turn a model into the files of another tool: Hugging Face, Megatron, MegaBlocks, and back",
     "report": "write the HTML report of a run",
     "bench": "time the expert computation against a dense MLP and other implementations",
     "doctor": "show versions, devices and which backends work",

@@ -6,7 +6,7 @@ import argparse
 import re
 from typing import Any, NoReturn
 
-from dmoe.cli.options import nearest
+from dmoe.config.overrides import nearest
 from dmoe.errors import ConfigError
 
 

@@ -1,23 +1,31 @@
-"""`dmoe train [PRESET|CONFIG.yaml] [--resume [RUN]] [--section.field value ...]`"""
+"""`dmoe train [PRESET|CONFIG.yaml] [--init-from DIR] [--resume [RUN]] [--section.field value ...]`"""
 
 from __future__ import annotations
 
+import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dmoe.cli.dry_run import dry_run, take_options
-from dmoe.cli.options import apply_overrides, build_config, merge, parse_overrides, print_config_help, read_yaml
+from dmoe.cli.init_from import start_from
+from dmoe.cli.options import build_config, parse_overrides, print_config_help
 from dmoe.config import RunConfig
+from dmoe.config.overrides import apply_overrides, merge, read_yaml
 from dmoe.errors import ConfigError
 
 if TYPE_CHECKING:
     from dmoe.train import TrainResult
 
-_DESCRIPTION = """Train a model: dmoe train [PRESET|CONFIG.yaml] [--resume [RUN]] [--section.field value ...]
+_INIT_FROM = re.compile(r"^--init[-_]from(=.*)?$", re.DOTALL)
+
+_DESCRIPTION = """Train a model:
+
+    dmoe train [PRESET|CONFIG.yaml | --init-from DIR] [--resume [RUN]] [--section.field value ...]
 
 PRESET names a model; a YAML file holds the same fields as the options below, and options override it.
+--init-from starts from the weights, the model and the tokenizer of DIR, a run or a Hugging Face folder.
 --resume continues the newest run, or RUN, from its newest whole checkpoint. With --run_dir it starts anew if there
 is no checkpoint yet, so that one command can be restarted until it is done.
 --dry-run WORLD [--json FILE] trains nothing: it prints the memory and the traffic of a rank in a run of WORLD ranks.
@@ -31,11 +39,12 @@ def main(args: list[str]) -> int:
         return 0
     world_size, json_file, args = take_options(args)
     source = args.pop(0) if args and not args[0].startswith("-") else None
+    args = [_INIT_FROM.sub(r"--train.init_from\1", arg) for arg in args]
     if world_size is not None:
-        dry_run(build_config(source, args), world_size, json_file)
+        dry_run(_new_config(source, args), world_size, json_file)
         return 0
     resume, args = _take_resume(args)
-    config = build_config(source, args) if resume is None else _resumed_config(source, args, resume)
+    config = _new_config(source, args) if resume is None else _resumed_config(source, args, resume)
     from dmoe.train import train
 
     result = train(config, resume=resume is not None)
@@ -43,6 +52,21 @@ def main(args: list[str]) -> int:
         return 128 + result.stopped_by
     _finish(result)
     return 0
+
+
+def _new_config(source: str | None, args: list[str]) -> RunConfig:
+    """The configuration of a run that begins: a preset's or a file's, or with --init-from that of a folder's model."""
+    file = Path(source) if source is not None and Path(source).suffix in (".yaml", ".yml") else None
+    from_file, from_line = read_yaml(file) if file is not None else {}, parse_overrides(args)
+    overrides = merge(from_file, from_line)
+    train = overrides.get("train")
+    folder = train.get("init_from") if isinstance(train, dict) else None
+    if not folder:
+        return build_config(source, args)
+    preset = from_line.get("preset", source if file is None else None)
+    if preset is not None:
+        raise ConfigError(f"preset is {preset!r} with --init-from {folder}: must be left out, the folder has the model")
+    return start_from(str(folder), overrides)
 
 
 def _finish(result: TrainResult) -> None:
@@ -99,7 +123,7 @@ def _resumed_config(source: str | None, args: list[str], resume: str) -> RunConf
     if not resume and overrides.get("run_dir"):
         run_dir = Path(overrides["run_dir"])
         if not (run_dir / "config.yaml").exists():
-            return build_config(source, args)
+            return _new_config(source, args)
     else:
         run_dir = Path(resume) if resume else _newest_run(Path("runs"))
     if overrides.get("run_dir") and Path(overrides["run_dir"]) != run_dir:

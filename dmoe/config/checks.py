@@ -35,6 +35,7 @@ def require_types(config: Any, section: str) -> None:
         options = get_args(kind)
         literals = options if get_origin(kind) is Literal else [o for a in options for o in get_args(a)]
         if literals and not (value is None and type(None) in options):
-            require(value in literals, f"{section}.{name}", value, f"one of {', '.join(map(str, literals))}")
+            for item in value if get_origin(kind) is tuple else (value,):
+                require(item in literals, f"{section}.{name}", value, f"one of {', '.join(map(str, literals))}")
         if kind is int:
             require(isinstance(value, int) and not isinstance(value, bool), f"{section}.{name}", value, "an integer")

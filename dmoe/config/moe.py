@@ -9,7 +9,7 @@ from dmoe.config.checks import require, require_not_negative, require_positive, 
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_swiglu"]
 Backend = Literal["reference", "torch", "triton"]
-Routing = Literal["topk", "sinkhorn", "expert_choice", "hash", "random", "uniform"]
+Routing = Literal["topk", "sinkhorn", "sparsemixer", "expert_choice", "hash", "random", "uniform"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +32,12 @@ class MoEConfig:
     """Biases in the experts."""
     routing: Routing = "topk"
     """How experts are chosen. By score: "topk", each token its K best; "sinkhorn", the K best of scores that are
-    balanced over the batch in training; "expert_choice", each expert its best tokens (not causal: later tokens decide
-    on earlier ones). By no score: "hash" of the token id, "random", or "uniform" in turn; the scores only weigh."""
+    balanced over the batch in training; "sparsemixer", two that are drawn in training from those near the best
+    (PhiMoE); "expert_choice", each expert its best tokens (not causal: later tokens decide on earlier ones). By no
+    score: "hash" of the token id, "random", or "uniform" in turn; the scores only weigh."""
+    sparsemixer_eps: float = 0.01
+    """With routing "sparsemixer", experts whose logits are within twice this of the best, relatively, are near it
+    (PhiMoE's `router_jitter_noise`)."""
     score_function: Literal["softmax", "sigmoid", "sqrtsoftplus"] = "softmax"
     """How router logits become scores: softmax over all experts, or of each logit its sigmoid (DeepSeek-V3) or the root
     of its softplus."""
@@ -50,6 +54,8 @@ class MoEConfig:
     """Groups that a token may choose from."""
     group_score_top: int = 0
     """A group's score is the sum of its n best scores: 1 in DeepSeek-V2, 2 in DeepSeek-V3. 0: top_k // topk_group."""
+    weigh_input: bool = False
+    """Multiply what an expert reads by its routing weight, in place of what it returns (Llama 4)."""
     router_bias: bool = False
     """A learned bias on the router's logits."""
     router_dtype: Literal["fp32", "fp64"] = "fp32"
@@ -99,6 +105,7 @@ class MoEConfig:
         require_not_negative(
             self, "moe", "hidden_size", "aux_loss_coef", "seq_aux_loss_coef", "global_aux_loss_coef", "z_loss_coef",
             "shared_intermediate_size", "latent_size", "expert_bias_rate", "capacity_factor", "group_score_top",
+            "sparsemixer_eps",
         )  # fmt: skip
         require(0 <= self.jitter_eps < 1, "moe.jitter_eps", self.jitter_eps, "in [0, 1)")
         if self.top_k > self.num_experts:
@@ -131,6 +138,11 @@ class MoEConfig:
             for name, off in (("expert_bias_rate", 0.0), ("n_group", 1)):
                 value = getattr(self, name)
                 require(value == off, f"moe.{name}", value, f'{off} with moe.routing "{self.routing}"')
+        if self.routing == "sparsemixer":
+            fixed = {"top_k": 2, "score_function": "softmax", "norm_topk_prob": False, "softmax_after_topk": False}
+            for name, only in fixed.items():
+                value = getattr(self, name)
+                require(value == only, f"moe.{name}", value, f'{only!r} with moe.routing "sparsemixer"')
         if self.routing == "expert_choice":
             wanted = 'False with moe.routing "expert_choice"'
             require(not self.softmax_after_topk, "moe.softmax_after_topk", self.softmax_after_topk, wanted)

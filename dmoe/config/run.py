@@ -16,7 +16,7 @@ class RunConfig:
     """A training run."""
 
     preset: str = "tiny-moe"
-    """Model preset that `model` starts from; see `dmoe train --help`."""
+    """Model preset that `model` starts from; see `dmoe train --help`. With `train.init_from` the folder's name."""
     run_dir: str = ""
     """Folder of the run. "": runs/PRESET-DATE-TIME."""
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from dmoe.config.checks import require, require_not_negative, require_positive, require_types
@@ -65,6 +65,28 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """Low-rank adapters that are trained in place of the weights; see docs/finetuning.md."""
+
+    rank: int = 0
+    """Rank of an adapter. 0: none, and the weights themselves are trained."""
+    alpha: float = 16.0
+    """An adapter's product is multiplied by alpha / rank."""
+    dropout: float = 0.0
+    """Share of the inputs of an adapter that is set to 0 in training. Only for linear maps."""
+    targets: tuple[str, ...] = ("attention", "experts")
+    """What gets adapters: "attention" or single projections as "q_proj", "mlp" (dense networks and shared experts),
+    "experts", "router", or any part of a module's name, * standing for anything."""
+
+    def __post_init__(self) -> None:
+        require_types(self, "train.lora")
+        require_not_negative(self, "train.lora", "rank")
+        require_positive(self, "train.lora", "alpha")
+        require(0 <= self.dropout < 1, "train.lora.dropout", self.dropout, "in [0, 1)")
+        require(bool(self.targets), "train.lora.targets", self.targets, "at least one name, such as attention")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """The loop."""
 
@@ -93,6 +115,14 @@ class TrainConfig:
     """Steps between validations on `eval_batches` batches. 0: only at the end."""
     eval_batches: int = 16
     """Micro-batches of a periodic validation; the last one reads the whole held-out text."""
+    init_from: str = ""
+    """Folder of a run or of a Hugging Face model that the weights start from. "": random ones. On the command line
+    (also --init-from DIR) `model` and `data.tokenizer` come from there too."""
+    freeze: tuple[str, ...] = ()
+    """Parameters that are not trained: parts of their names, as router, attention, experts or layers.0, * standing for
+    anything."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    """Adapters in place of the weights."""
     max_skipped_steps: int = 10
     """Steps that may be skipped in a row because the loss or a gradient was not finite."""
     peak_tflops: float = 0.0

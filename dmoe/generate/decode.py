@@ -16,10 +16,15 @@ from dmoe.models import Decoder
 
 
 def load_run(run_dir: Path, config: RunConfig, device: torch.device) -> tuple[Decoder, Tokenizer]:
-    """Model and tokeniser of a run directory, from its newest whole checkpoint."""
+    """Model and tokeniser of a run directory, from its newest whole checkpoint; with its adapters, if it has some."""
+    tokenizer = load_tokenizer(run_dir / "tokenizer.json")
+    if config.train.lora.rank:
+        from dmoe.lora.load import load_adapted
+
+        return load_adapted(run_dir, config, device)[0], tokenizer
     model = Decoder.on_meta(config.model).to_empty(device=device)
     load_model_weights(run_dir, model)
-    return model.eval(), load_tokenizer(run_dir / "tokenizer.json")
+    return model.eval(), tokenizer
 
 
 def generate_tokens(

@@ -14,8 +14,9 @@ from dmoe.moe.losses import attach_loss, auxiliary_loss
 from dmoe.moe.recompute import recomputing
 from dmoe.moe.router import Router, Routing
 from dmoe.moe.sharded import replicated_linear
-from dmoe.moe.slots import sum_slots, take_rows
+from dmoe.moe.slots import Slots, sum_slots, take_rows
 from dmoe.moe.stats import LayerStats, StepLoad
+from dmoe.moe.weighed import sum_picks_of_tokens, weigh, weighed_rows
 
 
 class MoE(nn.Module):
@@ -124,16 +125,26 @@ class MoE(nn.Module):
         return y_TD if self._shared is None else y_TD + self._shared(x_TD)
 
     def _dispatch(self, x_TD: Tensor, routing: Routing, shared: SharedFunction | None) -> Tensor:
-        if routing.slots is None:
+        if routing.slots is not None:
+            y_TD = self._dispatch_slots(x_TD, routing, routing.slots)
+            return y_TD if shared is None else y_TD + shared(x_TD)
+        if not self.config.weigh_input:
             return self.dispatcher(x_TD, routing, self.experts, shared)
-        slots, (num_experts, capacity) = routing.slots, routing.slots.tokens_EC.shape
-        ids_R = torch.arange(num_experts, device=x_TD.device).repeat_interleave(capacity)
-        of_slots = routing._replace(
-            topk_ids_TK=ids_R.unsqueeze(1), topk_weights_TK=slots.weights_EC.reshape(-1, 1), even=True
-        )
-        y_RD = self.dispatcher(take_rows(x_TD, slots), of_slots, self.experts, None)
-        y_TD = sum_slots(y_RD, slots, x_TD.shape[0])
+        rows_RD, of_rows = weighed_rows(x_TD, routing)
+        if self.config.top_k == 1:  # a row is a token, and the shared expert runs while it travels
+            of_tokens = None if shared is None else (lambda _: shared(x_TD))
+            return self.dispatcher(rows_RD, of_rows, self.experts, of_tokens)
+        y_TD = sum_picks_of_tokens(self.dispatcher(rows_RD, of_rows, self.experts, None), routing.topk_ids_TK)
         return y_TD if shared is None else y_TD + shared(x_TD)
+
+    def _dispatch_slots(self, x_TD: Tensor, routing: Routing, slots: Slots) -> Tensor:
+        num_experts, capacity = slots.tokens_EC.shape
+        ids_R = torch.arange(num_experts, device=x_TD.device).repeat_interleave(capacity)
+        rows_RD, weights_R1 = take_rows(x_TD, slots), slots.weights_EC.reshape(-1, 1)
+        if self.config.weigh_input:
+            rows_RD, weights_R1 = weigh(rows_RD, weights_R1), torch.ones_like(weights_R1)
+        of_slots = routing._replace(topk_ids_TK=ids_R.unsqueeze(1), topk_weights_TK=weights_R1, even=True)
+        return sum_slots(self.dispatcher(rows_RD, of_slots, self.experts, None), slots, x_TD.shape[0])
 
     @property
     def _shared(self) -> SharedFunction | None:

@@ -21,13 +21,14 @@ from dmoe.ops.expert_choice import expert_choice
 from dmoe.ops.precision import autocast_off
 from dmoe.ops.routing import count_tokens_per_expert, route, router_scores
 from dmoe.ops.sinkhorn import sinkhorn
+from dmoe.ops.sparsemixer import sparsemixer
 
 
 class Routing(NamedTuple):
     """What the router decided for T tokens."""
 
     topk_ids_TK: Tensor
-    """int64 expert ids, by falling score where scores choose; E for a pick that goes to no expert."""
+    """int64 expert ids, by falling score where the best are chosen; E for a pick that goes to no expert."""
     topk_weights_TK: Tensor
     """Weights of those experts; like logits and scores in fp32 or, see `Router`, fp64."""
     logits_TE: Tensor
@@ -155,6 +156,9 @@ class Router(nn.Module):
                 bias_E=self.e_score_correction_bias, n_group=config.n_group, topk_group=config.topk_group,
                 group_score_top=config.group_score_top,
             )  # fmt: skip
+        scores_TE = router_scores(logits_TE, config.score_function)
+        if config.routing == "sparsemixer":
+            return scores_TE, *self._sparsemixer(logits_TE)
         num_tokens, num_experts, top_k, device = *logits_TE.shape, config.top_k, logits_TE.device
         if config.routing == "sinkhorn":
             ids_TK = sinkhorn(logits_TE, valid_T=valid_T, group=group).topk(top_k, dim=-1).indices
@@ -166,12 +170,13 @@ class Router(nn.Module):
             ids_TK = random_assignment(num_tokens, num_experts, top_k, device)
         else:
             ids_TK = uniform_assignment(num_tokens, num_experts, top_k, device)
-        scores_TE = router_scores(logits_TE, config.score_function)
         return scores_TE, ids_TK, self._weights(logits_TE, scores_TE, ids_TK)
 
     def _weights(self, logits_TE: Tensor, scores_TE: Tensor, ids_TK: Tensor) -> Tensor:
         """Weights of experts that were not chosen by score."""
         config = self.config
+        if config.routing == "sparsemixer":
+            return self._sparsemixer(logits_TE, ids_TK)[1]
         if config.softmax_after_topk:
             weights_TK = logits_TE.gather(1, ids_TK).softmax(dim=-1)
         else:
@@ -179,6 +184,11 @@ class Router(nn.Module):
             if config.norm_topk_prob:
                 weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True).clamp_min(MIN_SUM)
         return weights_TK * config.routed_scaling_factor
+
+    def _sparsemixer(self, logits_TE: Tensor, ids_TK: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        eps, factor = self.config.sparsemixer_eps, self.config.routed_scaling_factor
+        ids_TK, weights_TK = sparsemixer(logits_TE, eps, training=self.training, ids_T2=ids_TK)
+        return ids_TK, weights_TK * factor
 
     def _drop(self, routing: Routing) -> Routing:
         config, undropped_TK = self.config, routing.topk_ids_TK

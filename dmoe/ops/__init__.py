@@ -27,6 +27,7 @@ from dmoe.ops.routing import (
     router_scores,
 )
 from dmoe.ops.sinkhorn import sinkhorn
+from dmoe.ops.sparsemixer import sparsemixer
 
 __all__ = [
     "BACKENDS",
@@ -52,6 +53,7 @@ __all__ = [
     "router_z_loss",
     "sinkhorn",
     "sort_by_expert",
+    "sparsemixer",
     "sum_picks",
     "sums_by_sequence",
     "uniform_assignment",

@@ -6,10 +6,13 @@ to compute (as in Llama 3, arXiv:2407.21783, section 3.3.2, which gathers keys a
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dmoe.errors import ConfigError
 from dmoe.models import Decoder
 from dmoe.models.attention import causal_attention
 from dmoe.ops.collectives import all_gather_rows
@@ -23,6 +26,7 @@ def apply_context_parallel(part: Decoder, mesh: ParallelMesh) -> None:
     if size == 1:
         return
     part.positions = lambda seq_len, device: local_positions(seq_len * size, rank, size).to(device)
+    part.whole_length = lambda seq_len: seq_len * size
     for layer in part.blocks:
         layer.self_attn.attend = ContextAttention(axis.get_group())
 
@@ -39,18 +43,26 @@ class ContextAttention:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group, self.rank, self.size = group, group.rank(), group.size()
 
-    def __call__(self, q_BSNH: Tensor, k_BSMH: Tensor, v_BSMH: Tensor) -> Tensor:
+    def __call__(
+        self, q_BSNH: Tensor, k_BSMH: Tensor, v_BSMV: Tensor, *, valid_BU: Tensor | None = None, **options: Any
+    ) -> Tensor:
+        """`causal_attention` with these options, without padding but on the right of the whole sequence."""
+        if valid_BU is not None:
+            raise ConfigError(
+                f"attention_mask with parallel.cp ({self.size}): must be for padding on the right, with right_padded"
+            )
         piece = q_BSNH.shape[1] // 2
-        k, v = self._gather(torch.stack([k_BSMH, v_BSMH])).unbind(0)
+        widths = [k_BSMH.shape[-1], v_BSMV.shape[-1]]
+        k, v = self._gather(torch.cat([k_BSMH, v_BSMV], dim=-1)).split(widths, dim=-1)
         outputs = []
         for i, q in zip((self.rank, 2 * self.size - 1 - self.rank), q_BSNH.split(piece, dim=1)):
             end = (i + 1) * piece
-            outputs.append(causal_attention(q, k[:, :end], v[:, :end]))
+            outputs.append(causal_attention(q, k[:, :end], v[:, :end], **options))
         return torch.cat(outputs, dim=1)
 
-    def _gather(self, kv_2BSMH: Tensor) -> Tensor:
+    def _gather(self, kv_BSMW: Tensor) -> Tensor:
         """The same for the whole sequence, in its order."""
-        pieces = torch.stack(kv_2BSMH.chunk(2, dim=2))  # the two pieces of this rank, [2, 2, B, S/2c, M, H]
+        pieces = torch.stack(kv_BSMW.chunk(2, dim=1))  # the two pieces of this rank, [2, B, S/2c, M, W]
         gathered = all_gather_rows(pieces, self.group)  # piece 2r and 2r + 1 are rank r's
         first, second = gathered[0::2], gathered[1::2]
-        return torch.cat([*first.unbind(0), *second.flip(0).unbind(0)], dim=2)
+        return torch.cat([*first.unbind(0), *second.flip(0).unbind(0)], dim=1)

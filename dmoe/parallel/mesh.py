@@ -132,6 +132,10 @@ def check_model(config: ParallelConfig, model: ModelConfig, train: TrainConfig) 
             part * (config.tp - 1) < model.vocab_size, "model.vocab_size", model.vocab_size,
             f"large enough for each of parallel.tp ({config.tp}) ranks to get a row in parts of {part}",
         )  # fmt: skip
+        require(
+            model.latent.kv_lora_rank == 0, "model.latent.kv_lora_rank", model.latent.kv_lora_rank,
+            f"0 with parallel.tp ({config.tp}): latent attention is not split over heads",
+        )  # fmt: skip
         divides("tp", config.tp, "model.num_heads", model.num_heads)
         divides("tp", config.tp, "model.num_kv_heads", model.num_kv_heads)
     if model.moe_layers():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -86,8 +87,9 @@ class Pipeline:
         num_stages = config.pp * config.num_local_stages
         numbers = local_stages(config, mesh.dense.get_local_rank("pp"))
         for part in parts:
-            # Around each forward alone: a backward must not run under autocast.
-            part.forward = autocast(part.forward)  # type: ignore[method-assign]
+            # Around each forward alone: a backward must not run under autocast. Batches are padded on the right; the
+            # schedules of older torch pass nothing but tensors on.
+            part.forward = autocast(partial(part.forward, right_padded=True))  # type: ignore[method-assign]
         outlines = [_outlines(part, mesh, train, autocast) for part in parts]
         self.part_of_stage = {i: (part, outline[0]) for i, part, outline in zip(numbers, parts, outlines)}
         self.stages = [
@@ -111,6 +113,9 @@ class Pipeline:
     ) -> Tensor:
         """Forward and backward over a whole step's micro-batches, in order along dim 0.
 
+        Args:
+            mask_BS: bool, False for padding, which is on the right.
+
         Returns:
             sum of the losses over this rank's tokens, divided by `num_targets`; 0 where the last stage is elsewhere.
         """
@@ -121,7 +126,7 @@ class Pipeline:
             target=targets_BS if self.is_last else None,
             losses=losses if self.is_last else None,
             return_outputs=False,
-            **({} if mask_BS is None else {"token_mask_BS": mask_BS}),
+            **({} if mask_BS is None else {"attention_mask": mask_BS}),
         )
         if self._tied_pair is not None:
             self._sum_tied_gradients()

@@ -24,7 +24,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
-from dmoe.models import Decoder
+from dmoe.models import Attention, Decoder
 from dmoe.models.decoder import DecoderLayer
 from dmoe.moe import Experts, MoE
 from dmoe.moe.dispatch import TensorParallelDispatcher
@@ -67,7 +67,8 @@ def _split_layer(layer: DecoderLayer, axis: DeviceMesh, between: Placement, *, b
     plan: dict[str, ParallelStyle] = {
         **_norm("input_layernorm", between),
         "self_attn": PrepareModuleInput(
-            input_layouts=(between, None, None), desired_input_layouts=(Replicate(), None, None)
+            input_layouts=(between, None, None),  # hidden states, tables of positions, mask
+            desired_input_layouts=(Replicate(), None, None),
         ),
         "self_attn.q_proj": ColwiseParallel(),
         "self_attn.k_proj": ColwiseParallel(),
@@ -76,7 +77,7 @@ def _split_layer(layer: DecoderLayer, axis: DeviceMesh, between: Placement, *, b
         **_norm("post_attention_layernorm", between),
     }
     qk_norm = layer.self_attn.config.qk_norm
-    for name in ("q_norm", "k_norm") if qk_norm != "none" else ():
+    for name in ("q_norm", "k_norm") if qk_norm in ("head", "full") else ():
         # Over one head: heads are spread like a sequence. Over all heads at once: they must be brought together.
         plan[f"self_attn.{name}"] = (
             SequenceParallel(sequence_dim=2, use_local_output=True) if qk_norm == "head" else (_WholeWidthNorm())
@@ -92,6 +93,8 @@ def _split_layer(layer: DecoderLayer, axis: DeviceMesh, between: Placement, *, b
     else:
         plan |= _feed_forward("mlp", layer.mlp, between)
     parallelize_module(layer, axis, plan)
+    if isinstance(layer.self_attn, Attention) and layer.self_attn.sinks is not None:
+        layer.self_attn.sinks = _spread(layer.self_attn.sinks, axis, Shard(0))
     if isinstance(layer.mlp, MoE):
         _split_moe(layer.mlp, axis, by_width=by_width)
 
@@ -163,5 +166,6 @@ class _WholeWidthNorm(ParallelStyle):
 def _positions_of_whole_sequence(part: Decoder, tp: int) -> None:
     """Hidden states that come into a later stage hold 1 / tp of the tokens; attention sees all of them."""
     if not part.is_first:
-        positions = part.positions
+        positions, whole_length = part.positions, part.whole_length
         part.positions = lambda seq_len, device: positions(seq_len * tp, device)
+        part.whole_length = lambda seq_len: whole_length(seq_len * tp)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from dmoe.config import RunConfig, TrainConfig
 from dmoe.data import gather_windows
+from dmoe.lora import load_base, make_trainable
 from dmoe.models import Decoder
 from dmoe.moe import LoadBalancer, LoadSummary, Recorder, set_aux_loss_scale
 from dmoe.parallel import ParallelMesh, Pipeline, loss_function, parallelize
@@ -34,7 +36,7 @@ class Batch:
     targets: Tensor
     """The same shape; `IGNORED` costs nothing."""
     mask: Tensor | None = None
-    """The same shape, bool: False for padding. None: no padding."""
+    """The same shape, bool: False for padding, which is on the right of a sequence. None: no padding."""
 
     def chunk(self, num_chunks: int) -> list[Batch]:
         """Equal parts along dim 0."""
@@ -118,7 +120,7 @@ class Engine:
     def micro_loss(self, batch: Batch) -> Tensor:
         """Summed loss of one micro-batch of a whole model."""
         with autocast(self.train, self.device):
-            return self.loss(self.parts[0](batch.inputs, batch.mask), batch.targets)
+            return self.loss(self.parts[0](batch.inputs, batch.mask, right_padded=True), batch.targets)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Tensor:
@@ -169,9 +171,17 @@ class Engine:
         return self.sum_over_ranks(count / (config.tp * config.pp)).round().clamp_min(1)
 
 
-def build_engine(config: RunConfig, device: torch.device, mesh: ParallelMesh | None = None) -> Engine:
-    """The model of `config` on this rank, with its initial weights. Raises ConfigError where layout and model do not
-    fit."""
+def build_engine(
+    config: RunConfig, device: torch.device, mesh: ParallelMesh | None = None, *, read_base: bool = True
+) -> Engine:
+    """The model of `config` on this rank, with its initial weights: random, or those in `train.init_from`.
+
+    Args:
+        read_base: False where a checkpoint will replace them.
+
+    Raises:
+        ConfigError: layout and model, or model and `train.init_from`, do not fit.
+    """
     train = config.train
     dtype = torch.float64 if train.precision == "fp64" else torch.float32
     if mesh is None:
@@ -188,6 +198,9 @@ def build_engine(config: RunConfig, device: torch.device, mesh: ParallelMesh | N
     for part in parts:
         part.to_empty(device=device)
         part.init_weights(train.seed)
+    if train.init_from and read_base:
+        load_base(parts, Path(train.init_from))
+    make_trainable(parts, train, mesh)
     return Engine(parts, train, device, mesh)
 
 

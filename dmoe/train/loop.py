@@ -35,9 +35,12 @@ from dmoe.checkpoint import (
     save_checkpoint,
     training_state,
 )
+from dmoe.checkpoint.formats.extra_files import keep_extra_files
 from dmoe.config import RunConfig, config_to_yaml, require
 from dmoe.data import Dataset, WindowSampler, prepare
 from dmoe.errors import ConfigError, RunError
+from dmoe.lora import check_trainable, count_trainable
+from dmoe.lora.state import adapters_only, check_base, describe_base
 from dmoe.models import count_parameters
 from dmoe.train.device import memory_gib, peak_tflops
 from dmoe.train.engine import Engine, build_engine
@@ -100,15 +103,22 @@ def train(config: RunConfig, *, resume: bool = False) -> TrainResult:
     with join_ranks(config) as (device, mesh), RunLock() as lock:
         run_dir = ranks.on_main(lambda: _choose_run_dir(config, resume=resume))
         config = dataclasses.replace(config, run_dir=str(run_dir))
+        check_trainable(config.model, config.train)
+        if resume:
+            config = ranks.on_main(lambda: _with_own_tokenizer(config))
         data = _prepare(config)
         _check_against_data(config, data)
         if resume:
             _check_tokenizer(config, data)
         torch.manual_seed(config.train.seed)
-        engine = build_engine(config, device, mesh)
+        adapts = config.train.lora.rank > 0
+        # A checkpoint wins over the weights that the run began with, but where it holds adapters alone.
+        starts = ranks.on_main(lambda: not (resume and find_checkpoints(run_dir)))
+        engine = build_engine(config, device, mesh, read_base=starts or adapts)
+        base = describe_base(config.train) if adapts else None
         optimizer = build_optimizer(engine.parts, config.optim)
         messages: list[str] = []
-        progress = _restore(run_dir, engine, optimizer, messages) if resume else _Progress()
+        progress = _restore(run_dir, engine, optimizer, base, messages) if resume else _Progress()
         steps = config.train.steps
         require(progress.step <= steps, "train.steps", steps, f"at least the {progress.step} steps already done")
         apply_options(optimizer, config.optim)
@@ -116,7 +126,7 @@ def train(config: RunConfig, *, resume: bool = False) -> TrainResult:
         # After restoring: a configuration that does not fit the checkpoint must not replace the one that does.
         ranks.on_main(lambda: _describe_run(config, data))
 
-        loop = _Loop(config, run_dir, data, engine, optimizer, progress)
+        loop = _Loop(config, run_dir, data, engine, optimizer, progress, base)
         with _open_log(config, run_dir, progress) as log, loop.saver:
             log.console.print(_headline(config, data, device))
             for message in messages:
@@ -136,9 +146,10 @@ class _Loop:
         engine: Engine,
         optimizer: torch.optim.AdamW,
         progress: _Progress,
+        base: dict[str, Any] | None = None,
     ) -> None:
         self.config, self.run_dir, self.data = config, run_dir, data
-        self.engine, self.optimizer, self.progress = engine, optimizer, progress
+        self.engine, self.optimizer, self.progress, self.base = engine, optimizer, progress, base
         self.sampler = WindowSampler(len(data.train.tokens), config.train.seq_len, config.train.seed)
         self.window = _Window()
         self.stop_asked = False
@@ -250,8 +261,10 @@ class _Loop:
         log.write(record | {"zlib_bits_per_byte": self.data.zlib_bits_per_byte})
 
     def save(self) -> None:
-        """A checkpoint of this step."""
+        """A checkpoint of this step; of adapters alone if there are any."""
         state = training_state(self.engine.parts, self.optimizer)
+        if self.base is not None:
+            state = adapters_only(state, self.base)
         state |= {"rng": capture_rng(), "trainer": dataclasses.asdict(self.progress)}
         save = self.saver.save if isinstance(self.saver, AsyncSaver) else save_checkpoint
         save(self.run_dir, self.progress.step, state, keep=self.config.checkpoint.keep)
@@ -272,14 +285,22 @@ def _open_log(config: RunConfig, run_dir: Path, progress: _Progress) -> MetricsL
     return MetricsLogger(run_dir, config.train.steps, progress.step, tensorboard=config.train.tensorboard)
 
 
-def _restore(run_dir: Path, engine: Engine, optimizer: torch.optim.Optimizer, messages: list[str]) -> _Progress:
+def _restore(
+    run_dir: Path, engine: Engine, optimizer: torch.optim.Optimizer, base: dict[str, Any] | None, messages: list[str]
+) -> _Progress:
     parts = engine.parts
     state: dict[str, Any] = training_state(parts, optimizer) | {"rng": capture_rng()}
+    model = state["model"]
+    if base is not None:
+        state = adapters_only(state, base)
     loaded = load_latest(run_dir, state, on_refused=messages.append)
     if loaded is None:
         messages.append("no checkpoint yet: starting at step 0")
         return _Progress()
     step, trainer = loaded
+    if base is not None:
+        check_base(state["base"], base)
+        state["model"] = model | state["model"]
     restore_training_state(parts, optimizer, state)
     restore_rng(state["rng"])
     messages.append(f"resumed from step {step}")
@@ -297,6 +318,14 @@ def _check_against_data(config: RunConfig, data: Dataset) -> None:
         config.train.seq_len < shortest,
         "train.seq_len", config.train.seq_len, f"less than the {shortest} tokens of the smaller side of the corpus",
     )  # fmt: skip
+
+
+def _with_own_tokenizer(config: RunConfig) -> RunConfig:
+    """The folder that a run began from may be gone; the run has a copy of its tokeniser."""
+    own = Path(config.run_dir) / "tokenizer.json"
+    if config.train.init_from and own.exists() and not Path(config.data.tokenizer).exists():
+        return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(own)))
+    return config
 
 
 def _check_tokenizer(config: RunConfig, data: Dataset) -> None:
@@ -324,6 +353,7 @@ def _describe_run(config: RunConfig, data: Dataset) -> None:
     """Make the run directory and write what is run into it."""
     run_dir = Path(config.run_dir)
     counts = count_parameters(config.model, config.train.seq_len)
+    counts["num_trained_params"] = count_trainable(config.model, config.train)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         _write(run_dir / "config.yaml", config_to_yaml(config))
@@ -331,6 +361,9 @@ def _describe_run(config: RunConfig, data: Dataset) -> None:
         temporary = run_dir / ".tokenizer.json.tmp"
         shutil.copyfile(data.folder / "tokenizer.json", temporary)
         os.replace(temporary, run_dir / "tokenizer.json")
+        base = Path(config.train.init_from)
+        if config.train.init_from and base.is_dir():  # a run that is continued has them already
+            keep_extra_files(base, run_dir)
     except OSError as error:
         raise RunError(f"run_dir {str(run_dir)!r}: {error.strerror}") from error
 
@@ -346,6 +379,8 @@ def _headline(config: RunConfig, data: Dataset, device: torch.device) -> str:
     experts = f", {moe.num_experts} experts, top {moe.top_k}" if config.model.moe_layers() else ""
     counts = count_parameters(config.model, config.train.seq_len)
     size = f"{counts['num_params'] / 1e6:,.1f} M parameters, {counts['num_active_params'] / 1e6:,.1f} M active"
+    if config.train.freeze or config.train.lora.rank:
+        size += f", {count_trainable(config.model, config.train) / 1e6:,.2f} M trained"
     where = str(device) if ranks.size() == 1 else f"{ranks.size()} ranks on {device.type}"
     return (
         f"{config.preset}: {size}{experts}; {len(data.train.tokens):,} training tokens; {where}; "

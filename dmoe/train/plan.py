@@ -22,6 +22,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from dmoe.config import V_SCHEDULES, ParallelConfig, RunConfig, require
+from dmoe.lora import check_trainable, make_trainable
 from dmoe.moe import moe_layers
 from dmoe.moe.dispatch import AllToAllDispatcher
 from dmoe.moe.router import Routing
@@ -101,12 +102,13 @@ def plan(config: RunConfig, world_size: int) -> Plan:
     `train.device` is "cpu".
 
     Raises:
-        ConfigError: layout, model and batch do not fit, with the words of training; or fp64, fp8 experts or a
-            backend other than "torch", whose memory is not counted.
+        ConfigError: layout, model and batch do not fit, with the words of training; or fp64, fp8 experts, adapters
+            or a backend other than "torch", whose memory is not counted.
     """
     require(world_size > 0, "--dry-run", world_size, "the number of ranks, 1 or more")
     layout = resolve(config.parallel, world_size)
     check_model(layout, config.model, config.train)
+    check_trainable(config.model, config.train)
     _check_plannable(config)
     precision = "bf16" if config.train.precision == "auto" else config.train.precision
     train = replace(config.train, precision=precision, compile=False)
@@ -124,6 +126,7 @@ def _check_plannable(config: RunConfig) -> None:
     require(backend in (None, "torch"), "model.moe.backend", backend, 'left out, or "torch", for a plan')
     precision = config.model.moe.precision
     require(precision == "same", "model.moe.precision", precision, '"same" for a plan')
+    require(config.train.lora.rank == 0, "train.lora.rank", config.train.lora.rank, "0 for a plan")
 
 
 def _plan_rank(config: RunConfig, world_size: int, stage: int) -> RankPlan:
@@ -220,6 +223,7 @@ def _measure(
     with _blocks_of(config.train.device), fake, timeline:
         for part in parts:
             part.to_empty(device=device)
+        make_trainable(parts, train, mesh)
         engine = Engine(parts, train, device, mesh)
         for part in parts:
             for layer in moe_layers(part).values():

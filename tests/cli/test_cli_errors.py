@@ -10,8 +10,8 @@ import pytest
 import tiny_run
 
 from dmoe.cli import main
-from dmoe.cli.options import field_names
 from dmoe.config import RunConfig
+from dmoe.config.overrides import field_names
 
 ROOT = Path(__file__).parents[2]
 
@@ -249,7 +249,7 @@ def test_real_process():
 
 def test_every_option_is_checked_for_its_type(capsys):
     """A mapping in place of a value is refused for each field of the configuration, and the line names it."""
-    from dmoe.cli.options import apply_overrides
+    from dmoe.config.overrides import apply_overrides
     from dmoe.errors import ConfigError
 
     for name in field_names(RunConfig):

@@ -11,7 +11,7 @@ import tiny_run
 
 from dmoe import __version__
 from dmoe.cli import VERBS, main
-from dmoe.cli.options import build_config, field_names, parse_overrides, read_yaml
+from dmoe.cli.options import build_config, parse_overrides
 from dmoe.config import (
     CheckpointConfig,
     DataConfig,
@@ -23,6 +23,7 @@ from dmoe.config import (
     TrainConfig,
     config_to_yaml,
 )
+from dmoe.config.overrides import field_names, read_yaml
 from dmoe.errors import ConfigError
 from dmoe.models import PRESETS, get_preset
 
@@ -133,6 +134,11 @@ def changed(config):
         special |= {"routing": "topk", "softmax_after_topk": False, "n_group": 3, "topk_group": 2}
         special |= {"router_dtype": "fp64", "drop_policy": "position", "global_aux_loss_coef": 0.0}
     special |= {"init": "mup", "init_depth": "layer", "moe_layer_pattern": ()}
+    special |= {"norm": "layer", "layer_attention": ("full", "sliding", "chunked", "full", "full")}
+    special |= {"layer_rope": (1, 0, 1, 1, 1), "scaling": "longrope", "factor": 2.0}
+    special |= {"short_factors": (0.5,) * 10, "long_factors": (1.5,) * 10}  # of a third of 62 dimensions
+    special |= {"targets": ("experts",), "freeze": ("router",), "dropout": 0.5}
+    special |= {"kv_lora_rank": 0, "q_lora_rank": 0, "qk_rope_head_dim": 66}  # latent attention goes with no other kind
     special |= {"max_seq_len": 8192, "vocab_size": 5000, "seq_len": 100, "hidden_size": 0, "tokenizer": "a b: 'c'"}
     changes = {}
     for field in dataclasses.fields(config):

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 import torch.nn.functional as F
+from ranks import run_ranks
 from torch import Tensor, nn
 
 from dmoe.compat.megablocks.layers.arguments import DEFAULT_ACTIVATION_FN
@@ -35,9 +35,8 @@ D, F_, E = 8, 12, 5
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_steps_and_initial_weights_over_a_mesh(world: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    torch.multiprocessing.spawn(llmfoundry_worker.rank_main, (world, str(tmp_path / "store")), nprocs=world)
+def test_steps_and_initial_weights_over_a_mesh(world: int, tmp_path: Path) -> None:
+    run_ranks(llmfoundry_worker.rank_main, (world, str(tmp_path / "store")), world)
 
 
 def block(kind: str = "mb_dmoe", **config: Any) -> Any:

@@ -3,14 +3,12 @@
 import sys
 from pathlib import Path
 
-import pytest
-import torch.multiprocessing
+from ranks import run_ranks
 
 sys.path.insert(0, str(Path(__file__).parent))
 import megablocks_parallel_worker
 
 
-def test_expert_parallel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_expert_parallel(tmp_path: Path) -> None:
     """Groups of 4 ranks, and of 2 within the 4."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    torch.multiprocessing.spawn(megablocks_parallel_worker.rank_main, (4, str(tmp_path / "store")), nprocs=4)
+    run_ranks(megablocks_parallel_worker.rank_main, (4, str(tmp_path / "store")), 4)

@@ -71,7 +71,12 @@ def width_over_ranks(group: dist.ProcessGroup) -> None:
     mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("tp",))
     losses = {"aux_loss_coef": 0.1, "z_loss_coef": 0.01}
     for num_tokens in (5, 0):
-        for kind in ({"bias": True}, {"gated": False, "bias": True}, {"shared_intermediate_size": 8}):
+        for kind in (
+            {"bias": True},
+            {"gated": False, "bias": True},
+            {"shared_intermediate_size": 8},
+            {"weigh_input": True, "bias": True, "shared_intermediate_size": 8},
+        ):
             for dtype, autocast, tolerance in (
                 (torch.float64, False, 1e-12),
                 (torch.float32, False, 1e-5),

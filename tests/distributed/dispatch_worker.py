@@ -203,6 +203,24 @@ def recomputed(group: dist.ProcessGroup) -> None:
         assert_nothing_waits()
 
 
+def weighed_input(group: dist.ProcessGroup) -> None:
+    """Rows are weighed before they travel. SparseMixer's choice in evaluation, which draws nothing."""
+    world, shared = group.size(), {"shared_intermediate_size": 16, "bias": True, "weigh_input": True, **LOSSES}
+    sigmoid = {"score_function": "sigmoid", "norm_topk_prob": False}
+    padded = {"pad_to_capacity": True, "capacity_factor": 8.0}
+    for dtype, tolerance in ((FP64, 1e-12), (BF16, 0.03)):
+        for tokens, skew, config in (
+            (UNEVEN[world], "one", {"top_k": 1, **sigmoid}),
+            (UNEVEN[world], "", {"top_k": 3, **sigmoid}),
+            ([0] * (world - 1) + [5], "", {"top_k": 2}),
+            ([5] * world, "", {"top_k": 2, **sigmoid, **padded}),
+        ):
+            check(Case(tokens, dtype, skew, config={**shared, **config}), tolerance, group)
+    check(Case(UNEVEN[world], FP64, max_rows=9, config={**shared, **sigmoid}), 1e-12, group)
+    config = {"routing": "sparsemixer", "norm_topk_prob": False, "sparsemixer_eps": 0.2}
+    check(Case(UNEVEN[world], FP64, training=False, config=config), 1e-12, group)
+
+
 def assert_nothing_waits() -> None:
     assert torch._C._distributed_c10d._get_work_registry_size() == 0
 
@@ -259,21 +277,22 @@ def one_synchronisation(group: dist.ProcessGroup) -> None:
 
 
 def shared_expert_runs_meanwhile(group: dist.ProcessGroup) -> None:
-    case = Case(UNEVEN[group.size()], FP32, config={"shared_intermediate_size": 16})
-    layer, log = spread(case.full_layer(), group), []
-    assert layer.shared_experts is not None
-    layer.shared_experts.up_proj.register_forward_hook(lambda *_: log.append("shared"))
-    layer.shared_experts.up_proj.register_full_backward_hook(lambda *_: log.append("shared"))
-    layer.experts.register_forward_hook(lambda *_: log.append("experts"))
-    layer.experts.register_full_backward_hook(lambda *_: log.append("experts"))
-    x = case.batch()[0][group.rank()].requires_grad_()
-    want = ["send", "shared", "wait", "experts", "send", "wait"]
-    with logged(log):
-        y = layer(x)
-        assert log == want, log
-        log.clear()
-        y.sum().backward()
-        assert log == ["send", "wait", "experts", "send", "shared", "wait"], log
+    for changes in ({}, {"weigh_input": True, "top_k": 1}):
+        case = Case(UNEVEN[group.size()], FP32, config={"shared_intermediate_size": 16, **changes})
+        layer, log = spread(case.full_layer(), group), []
+        assert layer.shared_experts is not None
+        layer.shared_experts.up_proj.register_forward_hook(lambda *_, log=log: log.append("shared"))
+        layer.shared_experts.up_proj.register_full_backward_hook(lambda *_, log=log: log.append("shared"))
+        layer.experts.register_forward_hook(lambda *_, log=log: log.append("experts"))
+        layer.experts.register_full_backward_hook(lambda *_, log=log: log.append("experts"))
+        x = case.batch()[0][group.rank()].requires_grad_()
+        want = ["send", "shared", "wait", "experts", "send", "wait"]
+        with logged(log):
+            y = layer(x)
+            assert log == want, log
+            log.clear()
+            y.sum().backward()
+            assert log == ["send", "wait", "experts", "send", "shared", "wait"], log
 
 
 def frozen(group: dist.ProcessGroup) -> None:
@@ -321,6 +340,7 @@ CASES = (
     picks_of_no_expert,
     saved_bytes_do_not_grow_with_skew,
     recomputed,
+    weighed_input,
     one_synchronisation,
     shared_expert_runs_meanwhile,
     frozen,

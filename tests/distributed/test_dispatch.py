@@ -4,13 +4,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch.multiprocessing
+from ranks import run_ranks
 
 sys.path.insert(0, str(Path(__file__).parent))
 import dispatch_worker
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_dispatch(world: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    torch.multiprocessing.spawn(dispatch_worker.rank_main, (world, str(tmp_path / "store")), nprocs=world)
+def test_dispatch(world: int, tmp_path: Path) -> None:
+    run_ranks(dispatch_worker.rank_main, (world, str(tmp_path / "store")), world)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing
+from ranks import run_ranks
 
 sys.path.insert(0, str(Path(__file__).parent))
 import layout_cases
@@ -27,7 +27,7 @@ def references() -> dict[str, dict[str, Any]]:
 def test_the_run_is_hard(references: dict[str, dict[str, Any]]) -> None:
     case = layout_cases.CASES[2]["fsdp 2"]
     first = references["fp64"][case.reference]["metrics"][0]
-    per_layer = torch.tensor(first["counts"]).view(4, 8)
+    per_layer = torch.tensor(first["counts"]).view(2, 8)
     assert (per_layer[:, 6:] == 0).all(), "experts without tokens"
     assert (per_layer[:, :6].amax(1) > 1.5 * per_layer[:, :6].amin(1)).any(), "skew"
     assert first["grad_norm"] > 1, "clipping"
@@ -35,11 +35,8 @@ def test_the_run_is_hard(references: dict[str, dict[str, Any]]) -> None:
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("world", [2, 4, 8])
-def test_layouts(
-    world: int, references: dict[str, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_layouts(world: int, references: dict[str, dict[str, Any]], tmp_path: Path) -> None:
     torch.save(references, tmp_path / "references.pt")
-    torch.multiprocessing.spawn(layout_worker.rank_main, (world, str(tmp_path)), nprocs=world)
+    run_ranks(layout_worker.rank_main, (world, str(tmp_path)), world)
     failures = (tmp_path / "failures").read_text()
     assert not failures, failures

@@ -3,20 +3,17 @@
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-import torch.multiprocessing
+from ranks import run_ranks
 
 sys.path.insert(0, str(Path(__file__).parent))
 import resume_worker
 from resume_worker import LOADED, SAVED
 
 
-def test_save_on_one_layout_load_on_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_save_on_one_layout_load_on_others(tmp_path: Path) -> None:
 
     def launch(world: int, cases: dict, save: bool) -> None:
-        torch.multiprocessing.spawn(resume_worker.rank_main, (world, str(tmp_path), cases, save), nprocs=world)
+        run_ranks(resume_worker.rank_main, (world, str(tmp_path), cases, save), world)
 
     launch(4, {"fsdp 2 x ep 2": SAVED}, True)
     for name, case in LOADED[1].items():

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dmoe.config import ModelConfig
 from dmoe.models import Attention
-from dmoe.models.attention import apply_rotary, rotary_tables
+from dmoe.models.rope import apply_rotary, position_tables
 
 
 def rotate(x_BSNH: Tensor, theta: float) -> Tensor:
@@ -25,7 +25,7 @@ def rotate(x_BSNH: Tensor, theta: float) -> Tensor:
 @pytest.mark.parametrize("theta", [1e4, 1e6])
 def test_rotary(theta: float) -> None:
     x = torch.randn(2, 300, 3, 8)
-    cos, sin = rotary_tables(torch.arange(300), 8, theta)
+    cos, sin, _ = position_tables(torch.arange(300), ModelConfig(head_dim=8, rope_theta=theta))
     assert relative_error(apply_rotary(x, cos, sin), rotate(x, theta)) <= 1e-5
     assert apply_rotary(x.bfloat16(), cos, sin).dtype == torch.bfloat16
 
@@ -61,5 +61,5 @@ def test_attention(kv_heads: int, qk_norm: str) -> None:
     weights = weights / weights.sum(-1, keepdim=True)
     out = torch.einsum("bnst,btnh->bsnh", weights, v).flatten(2)
     want = out @ attention.o_proj.weight.double().T
-    got = attention(x, *rotary_tables(torch.arange(11), 8, 100.0))
+    got = attention(x, position_tables(torch.arange(11), config))
     assert relative_error(got.detach(), want.detach()) <= 1e-5

@@ -134,5 +134,6 @@ def test_active_parameters_of_real_presets(preset: str, idle_experts: int, exper
 
 
 def test_every_preset_has_a_name_to_itself() -> None:
-    assert list(PRESETS) == ["tiny-moe", "tiny-dense", "olmoe-1b-7b", "mixtral-8x7b", "qwen3-30b-a3b"]
+    assert list(PRESETS)[:2] == ["tiny-moe", "tiny-dense"]
+    assert set(PRESETS) > {"olmoe-1b-7b", "mixtral-8x7b", "qwen3-30b-a3b", "deepseek-v3", "gpt-oss-20b", "llama-3.1-8b"}
     assert len(set(map(repr, PRESETS.values()))) == len(PRESETS)

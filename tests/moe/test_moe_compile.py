@@ -75,9 +75,14 @@ def test_one_graph(checkpointed: bool, recording: bool) -> None:
         {"capacity_factor": 0.6, "pad_to_capacity": True, "latent_size": 8, "shared_expert_gate": True},
         {"routing": "expert_choice"},
         {"routing": "uniform", "router_bias": True, "router_dtype": "fp64"},
-        {"routing": "random"},
+        {"routing": "random", "weigh_input": True},
+        {
+            "routing": "sparsemixer",
+            "norm_topk_prob": False,
+            "sparsemixer_eps": 0.0,
+        },  # one is near: draws decide nothing
     ],
-    ids=["dropping", "slots", "expert choice", "uniform", "random"],
+    ids=["dropping", "slots", "expert choice", "uniform", "random", "sparsemixer"],
 )
 def test_one_graph_with_options(changes: dict[str, object]) -> None:
     """With a mask, too."""
@@ -157,7 +162,8 @@ def test_inductor() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"capacity_factor": 0.7, "pad_to_capacity": True}, {"routing": "expert_choice"}, {}]
+    "options",
+    [{"capacity_factor": 0.7, "pad_to_capacity": True}, {"routing": "expert_choice"}, {"weigh_input": True}, {}],
 )
 def test_export(options: dict[str, object]) -> None:
     """Nothing is read on the host, which a graph could not hold: for the exported number of tokens."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import faster_interpreter
 import numpy as np
 import torch
 import triton.language as tl
@@ -71,6 +72,7 @@ def hard(rows: Tensor) -> Tensor:
 
 
 def main() -> None:
+    faster_interpreter.install()
     torch.manual_seed(0)
     kernels._TILE_M, kernels._TILE_N = 32, 16  # several tiles a matrix
     order = torch.randperm(27)

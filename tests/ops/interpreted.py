@@ -15,6 +15,10 @@ import pytest
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 """Where the tests of a file of cases put their tensors."""
+if DEVICE == "cpu":
+    import faster_interpreter
+
+    faster_interpreter.install()
 
 
 def run_interpreted(cases: str, *arguments: str, timeout: float = 280) -> None:

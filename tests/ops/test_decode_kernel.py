@@ -148,6 +148,9 @@ def test_no_kernel_is_imported_with_the_package() -> None:
 
 
 if __name__ == "__main__":
+    import faster_interpreter
+
+    faster_interpreter.install()
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # torch.empty gives NaN, and the largest integer
     results: dict[tuple[str, str], Tensor | str] = {pair: compute_or_say_why_not(*pair) for pair in PAIRS}

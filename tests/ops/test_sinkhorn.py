@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing
+from ranks import run_ranks
 
 from dmoe.errors import ConfigError
 from dmoe.ops import choose_topk, count_tokens_per_expert, sinkhorn
@@ -84,6 +84,5 @@ def test_padding_takes_no_part() -> None:
     assert sinkhorn(logits, valid_T=torch.zeros(20, dtype=torch.bool)).eq(0).all()
 
 
-def test_ranks_share_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    torch.multiprocessing.spawn(sinkhorn_worker.rank_main, (2, str(tmp_path / "store")), nprocs=2)
+def test_ranks_share_a_batch(tmp_path: Path) -> None:
+    run_ranks(sinkhorn_worker.rank_main, (2, str(tmp_path / "store")), 2)

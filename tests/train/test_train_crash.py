@@ -20,8 +20,9 @@ import torch
 
 from dmoe.checkpoint import capture_rng, load_checkpoint, training_state
 from dmoe.cli import main
-from dmoe.cli.options import apply_overrides, build_config, read_yaml
+from dmoe.cli.options import build_config
 from dmoe.config import RunConfig
+from dmoe.config.overrides import apply_overrides, read_yaml
 from dmoe.models import Decoder
 from dmoe.train import build_optimizer, train
 
