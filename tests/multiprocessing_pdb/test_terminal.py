@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import textwrap
 import time
@@ -173,6 +175,25 @@ def test_post_mortem_and_abort(tmp_path):
     terminal.expect("\n37\n")
     terminal.send("abort")
     assert terminal.end() == 1
+
+
+def test_killed_while_a_line_is_edited(tmp_path):
+    script = write(tmp_path, """
+        from multiprocessing_pdb import MultiprocessingPdb
+        MultiprocessingPdb().set_trace()
+        print("never")
+    """)  # fmt: skip
+    terminal = Terminal([sys.executable, str(script)], environment(tmp_path))
+    terminal.expect("(Pdb main")
+    end = time.monotonic() + 10
+    while terminal.echoes() and time.monotonic() < end:  # until the editor has taken over
+        time.sleep(0.05)
+    assert not terminal.echoes()
+    os.kill(terminal.pid, signal.SIGTERM)
+    while not terminal.echoes() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert terminal.echoes()
+    assert terminal.end() == -signal.SIGTERM
 
 
 @pytest.mark.parametrize("background", [False, True])

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -121,7 +124,8 @@ def standard_files(path: str) -> Iterator[tuple[IO[str], IO[str]]]:
             os.dup2(terminal, fd)
         sys.stdin = io.TextIOWrapper(io.FileIO(0, closefd=False), "utf-8", "replace")
         sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), "utf-8", "replace", line_buffering=True)
-        yield sys.stdin, sys.stdout
+        with _on_terminate(functools.partial(termios.tcsetattr, terminal, termios.TCSANOW, before)):
+            yield sys.stdin, sys.stdout
     finally:
         with contextlib.suppress(Exception):
             sys.stdout.flush()
@@ -133,8 +137,28 @@ def standard_files(path: str) -> Iterator[tuple[IO[str], IO[str]]]:
                 os.dup2(copy, fd)
                 os.close(copy)
         with contextlib.suppress(OSError, termios.error):
-            termios.tcsetattr(terminal, termios.TCSADRAIN, before)
+            termios.tcsetattr(terminal, termios.TCSANOW, before)
         os.close(terminal)
+
+
+@contextlib.contextmanager
+def _on_terminate(restore: Callable[[], object]) -> Iterator[None]:
+    """Call it before SIGTERM ends the process: while a line is edited the terminal does not echo."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, _frame: object) -> None:
+        restore()
+        signal.signal(number, before)
+        os.kill(os.getpid(), number)
+
+    before = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _duplicate(fd: int) -> int | None:
@@ -149,4 +173,4 @@ def _make_sane(terminal: int) -> None:
     attributes[0] |= termios.ICRNL
     attributes[1] |= termios.OPOST
     attributes[3] |= termios.ECHO | termios.ICANON | termios.ISIG
-    termios.tcsetattr(terminal, termios.TCSADRAIN, attributes)
+    termios.tcsetattr(terminal, termios.TCSANOW, attributes)
