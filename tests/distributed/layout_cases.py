@@ -145,7 +145,7 @@ def supported(case: Case) -> bool:
 
 
 def run_case(config: RunConfig, *, spread: bool) -> dict[str, Any]:
-    """Train `STEPS` steps; losses and gradient norm of each, and every parameter and bias of the choice afterwards."""
+    """Train; losses and gradient norm of each step, and every parameter and bias of the choice afterwards."""
     device = torch.device("cpu")
     mesh = build_mesh(config.parallel) if spread else None
     engine = build_engine(config, device, mesh)
@@ -154,7 +154,7 @@ def run_case(config: RunConfig, *, spread: bool) -> dict[str, Any]:
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, 1000).astype(np.uint16)
     draw = np.random.default_rng(1)
     metrics = []
-    for _ in range(STEPS):
+    for _ in range(config.train.steps):
         size = config.train.batch_size
         starts = draw.integers(0, 900, size)
         lengths = np.where(draw.random(size) < 0.3, 0, draw.integers(0, config.train.seq_len + 1, size))

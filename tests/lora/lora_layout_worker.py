@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
-import layout_cases
 from layout_cases import UNTIED, Case, run_case, whole
 from layout_worker import compare
 
@@ -29,8 +28,8 @@ from dmoe.train.optim import build_optimizer
 from dmoe.train.step import training_step
 
 WORLD = 4
-layout_cases.STEPS = 2  # A has a gradient from the second on
-LORA = {"lora": LoRAConfig(rank=3, alpha=6.0, targets=("attention", "mlp", "experts", "router"))}
+STEPS = {"steps": 2}  # A has a gradient from the second on
+LORA = STEPS | {"lora": LoRAConfig(rank=3, alpha=6.0, targets=("attention", "mlp", "experts", "router"))}
 BIASES = {"bias": True}
 
 SMALL = {"num_layers": 2}
@@ -47,7 +46,7 @@ CASES = {
         {"pp": 2, "ep": 2, "schedule": "interleaved_zero_bubble"}, train=LORA, model={"num_layers": 4}
     ),
     "a frozen stage, routers and head, pp 2 x fsdp 2": Case(
-        {"pp": 2, "dp_shard": 2}, train={"freeze": ("lm_head", "layers.0", "router")}, model=SMALL
+        {"pp": 2, "dp_shard": 2}, train=STEPS | {"freeze": ("lm_head", "layers.0", "router")}, model=SMALL
     ),
 }  # fmt: skip
 SAVED, LOADED = CASES["fsdp 2 x ep 2, recomputed"], Case({"dp_shard": 2, "tp": 2}, train=LORA, model=SMALL)
