@@ -75,9 +75,9 @@ class RopeConfig:
             )  # fmt: skip
         if self.scaling == "llama3":
             require(
-                self.low_freq_factor < self.high_freq_factor,
+                self.low_freq_factor <= self.high_freq_factor,
                 "model.rope.low_freq_factor", self.low_freq_factor,
-                f"less than model.rope.high_freq_factor ({self.high_freq_factor})",
+                f"at most model.rope.high_freq_factor ({self.high_freq_factor})",
             )  # fmt: skip
 
 

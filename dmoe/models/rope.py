@@ -97,7 +97,8 @@ def _by_wavelength(frequencies_P: Tensor, rope: RopeConfig, original: int) -> Te
     """Llama 3.1: frequencies that turn less than `low_freq_factor` times over the original length are divided by
     `factor`, those that turn more than `high_freq_factor` times are not, and those between by their turns."""
     turns_P = original * frequencies_P / (2 * math.pi)
-    kept_P = (turns_P - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    between = rope.high_freq_factor - rope.low_freq_factor
+    kept_P = (turns_P - rope.low_freq_factor) / between if between else (turns_P > rope.low_freq_factor).float()
     return torch.lerp(frequencies_P / rope.factor, frequencies_P, kept_P.clamp(0, 1))
 
 

@@ -21,6 +21,7 @@ from dmoe.models.presets.llama import (
     LLAMA_3_8B,
     LLAMA_3_70B,
 )
+from dmoe.models.presets.llama4 import LLAMA_4_MAVERICK
 from dmoe.models.presets.mistral import MISTRAL_7B
 from dmoe.models.presets.mixtral import MIXTRAL_8X7B, MIXTRAL_8X22B
 from dmoe.models.presets.olmoe import OLMOE_1B_7B
@@ -44,6 +45,7 @@ PRESETS: dict[str, ModelConfig] = {
     "gpt-oss-20b": GPT_OSS_20B,
     "gpt-oss-120b": GPT_OSS_120B,
     "granite-3.0-1b-a400m": GRANITE_3_0_1B_A400M,
+    "llama-4-maverick": LLAMA_4_MAVERICK,
     "mistral-7b": MISTRAL_7B,
     "llama-2-7b": LLAMA_2_7B,
     "llama-2-13b": LLAMA_2_13B,
