@@ -49,41 +49,44 @@ LAYOUTS: dict[str, dict[str, int]] = {
 """By name: degrees, of which -1 is all ranks. What is not said is left to FSDP."""
 
 
-def run_config(options: argparse.Namespace, world_size: int, layout: ParallelConfig) -> RunConfig:
+def run_config(
+    options: argparse.Namespace, world_size: int, layout: ParallelConfig, *, compile: bool = False
+) -> RunConfig:
     model = get_preset(options.preset)
     model = replace(model, num_layers=options.layers or model.num_layers)
     batch = options.sequences * world_size
     train = TrainConfig(
         batch_size=batch, micro_batch_size=batch, seq_len=options.seq_len, precision=options.precision,
-        compile=options.compile, activation_checkpointing=options.checkpointing, device=options.device,
+        compile=compile, activation_checkpointing=options.checkpointing, device=options.device,
     )  # fmt: skip
     return RunConfig(model=model, train=train, parallel=layout)
 
 
-def fitting_layouts(options: argparse.Namespace, world_size: int) -> dict[str, ParallelConfig]:
-    """Those asked for that this number of ranks allows, without repetitions."""
-    found: dict[str, ParallelConfig] = {}
+def fitting_layouts(options: argparse.Namespace, world_size: int) -> dict[str, RunConfig]:
+    """Those asked for that this number of ranks allows, without repetitions; compiled where that can be."""
+    found: dict[str, RunConfig] = {}
     for name in options.layouts.split(";"):
         if name not in LAYOUTS:
             raise ConfigError(f"--layouts has {name!r}: must be of {'; '.join(LAYOUTS)}")
         sizes: dict[str, Any] = {a: world_size if n == -1 else n for a, n in LAYOUTS[name].items()}
-        try:
-            layout = resolve(ParallelConfig(**sizes), world_size)
-            config = run_config(options, world_size, layout)
-            check_model(layout, config.model, config.train)
-        except ConfigError as error:
-            if os.environ["RANK"] == "0":
-                print(f"{name} left out: {error}", flush=True)
-            continue
-        if layout not in found.values():
-            found[name] = layout
+        for compile in (True, False) if options.compile else (False,):
+            try:
+                layout = resolve(ParallelConfig(**sizes), world_size)
+                config = run_config(options, world_size, layout, compile=compile)
+                check_model(layout, config.model, config.train)
+            except ConfigError as error:
+                if os.environ["RANK"] == "0":
+                    print(f"{name}, {'compiled' if compile else 'eager'}: left out: {error}", flush=True)
+                continue
+            if all(layout != other.parallel for other in found.values()):
+                found[name] = config
+            break
     return found
 
 
-def measure(options: argparse.Namespace, layout: ParallelConfig, device: torch.device) -> dict[str, Any]:
+def measure(options: argparse.Namespace, config: RunConfig, device: torch.device) -> dict[str, Any]:
     """Median seconds of a step on the slowest rank, the most memory of any, and the last loss."""
-    config = run_config(options, dist.get_world_size(), layout)
-    engine = build_engine(config, device, build_mesh(layout, device_type=device.type))
+    engine = build_engine(config, device, build_mesh(config.parallel, device_type=device.type))
     optimizer = build_optimizer(engine.parts, OptimConfig(lr=1e-4))
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, 200_000).astype(np.uint16)
     draw, times = np.random.default_rng(1), []
@@ -101,7 +104,8 @@ def measure(options: argparse.Namespace, layout: ParallelConfig, device: torch.d
     worst = torch.tensor([*times[options.warmup :], peak], dtype=torch.float64, device=device)
     dist.all_reduce(worst, dist.ReduceOp.MAX)
     *slowest, peak = worst.tolist()
-    return {"seconds": statistics.median(slowest), "peak_bytes": peak, "loss": result.loss}
+    measured = {"seconds": statistics.median(slowest), "peak_bytes": peak, "loss": result.loss}
+    return measured | {"compiled": config.train.compile}
 
 
 def complete(row: dict[str, Any], options: argparse.Namespace, device: torch.device) -> None:
@@ -116,11 +120,10 @@ def complete(row: dict[str, Any], options: argparse.Namespace, device: torch.dev
     row["mfu"] = row["tokens_per_second"] * flops / world_size / (peak * 1e12) if peak else None
 
 
-def planned(options: argparse.Namespace, layout: ParallelConfig, world_size: int) -> dict[str, Any]:
+def planned(config: RunConfig, world_size: int) -> dict[str, Any]:
     """What a dry run says of the same run."""
     from dmoe.train.plan import plan
 
-    config = run_config(options, world_size, layout)
     ranks, problem = attempt(lambda: plan(config, world_size).ranks)
     if problem:
         return {"problem": problem}
@@ -144,6 +147,7 @@ def report(report: dict[str, Any]) -> None:
         print(
             f"{name:12}{row['seconds'] * 1e3:>9.1f}{row['tokens_per_second']:>11,.0f}{mfu:>8}"
             f"{row['peak_bytes'] / 2**30:>10.1f}{gib[0]:>9}{gib[1]:>10}{row['loss']:>10.4f}"
+            f"{'' if row['compiled'] else '  eager'}"
         )
 
 
@@ -153,8 +157,9 @@ def run(options: argparse.Namespace) -> None:
     device = rank_device(options.device, local_rank)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     rows: dict[str, dict[str, Any]] = {}
-    for name, layout in fitting_layouts(options, world_size).items():
-        row, problem = attempt(lambda: measure(options, layout, device))  # noqa: B023 (called at once)
+    configs = fitting_layouts(options, world_size)
+    for name, config in configs.items():
+        row, problem = attempt(lambda: measure(options, config, device))  # noqa: B023 (called at once)
         rows[name] = row if problem is None else {"problem": problem}
         if problem is None:
             complete(row, options, device)
@@ -169,8 +174,8 @@ def run(options: argparse.Namespace) -> None:
     }  # fmt: skip
     if rank == 0:
         if options.plan:
-            for name, layout in fitting_layouts(options, world_size).items():
-                rows.setdefault(name, {"problem": "not run"})["planned"] = planned(options, layout, world_size)
+            for name, config in configs.items():
+                rows.setdefault(name, {"problem": "not run"})["planned"] = planned(config, world_size)
         report(result)
         if options.json:
             options.json.write_text(json.dumps(result, indent=1))
