@@ -49,14 +49,17 @@ def _layout(name: str) -> torch.layout:
     return layout
 
 
-def _enum_member(cls: type, name: str) -> enum.Enum:
+def enum_member(cls: type, name: str) -> enum.Enum:
+    """What a pickled getattr may give: a member of an enum. Raises pickle.UnpicklingError."""
     # Some Python versions pickle an enum member as getattr(cls, name); plain getattr would reach far beyond members.
     if not (isinstance(cls, type) and issubclass(cls, enum.Enum)):
         raise pickle.UnpicklingError(f"getattr on {cls!r}")
     return cls[name]
 
 
-class _MetadataUnpickler(pickle.Unpickler):
+class MetadataUnpickler(pickle.Unpickler):
+    """Loads DCP's dataclasses and what they hold. Raises RunError for any other class."""
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _DCP_CLASSES:
             return super().find_class(module, name)
@@ -65,17 +68,17 @@ class _MetadataUnpickler(pickle.Unpickler):
         if (module, name) == ("torch.serialization", "_get_layout"):
             return _layout
         if (module, name) in (("builtins", "getattr"), ("__builtin__", "getattr")):
-            return _enum_member
+            return enum_member
         if module in ("pathlib", "pathlib._local") and name in ("PosixPath", "WindowsPath"):
             return PurePosixPath  # only a note of where it was written; a WindowsPath cannot be made elsewhere
         raise RunError(f"it would load {module}.{name}, which has no place in a checkpoint")
 
 
-def read_dcp_metadata(folder: Path) -> Metadata:
+def read_dcp_metadata(folder: Path, unpickler: type[MetadataUnpickler] = MetadataUnpickler) -> Metadata:
     """Read DCP's `.metadata` with an unpickler that admits only DCP's dataclasses. Raises RunError."""
     try:
         with (folder / METADATA).open("rb") as file:
-            metadata = _MetadataUnpickler(file).load()
+            metadata = unpickler(file).load()
     except RunError as error:
         raise RunError(f"{folder}: {METADATA} is refused: {error}") from None
     except Exception as error:  # damaged pickles raise nearly anything

@@ -27,7 +27,7 @@ from dmoe.lora.names import matches, nearest_names
 from dmoe.lora.placement import computed_part, new_factor, split_axis
 from dmoe.models import Decoder
 from dmoe.moe import Experts, FeedForward, Router
-from dmoe.moe.sharded import is_plain, local, replicated
+from dmoe.moe.sharded import is_plain
 from dmoe.moe.streams import Normal, fill_shard
 from dmoe.parallel import ParallelMesh
 
@@ -86,17 +86,11 @@ class LoRAExperts(Experts):
     lora_scale: float
 
     def forward(self, x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
-        up_bias, down_bias = getattr(self, f"{self._up_name}_bias"), self.down_bias
-        if down_bias is not None:
-            down_bias = local(down_bias) if self.adds_down_bias is None else replicated(down_bias) * self.adds_down_bias
         return lora_expert_mlp(
             x_TD,
             topk_ids_TK,
             topk_weights_TK,
-            local(getattr(self, f"{self._up_name}_proj")),
-            local(self.down_proj),
-            None if up_bias is None else local(up_bias),
-            down_bias,
+            *self.local_weights(),
             self.adapters(),
             scale=self.lora_scale,
             activation=self.config.activation,

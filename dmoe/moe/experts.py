@@ -38,21 +38,23 @@ class Experts(nn.Module):
 
     def forward(self, x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
         """Of the experts that this rank holds; ids count from its first."""
-        up_bias, down_bias = getattr(self, f"{self._up_name}_bias"), self.down_bias
-        if down_bias is not None:
-            down_bias = local(down_bias) if self.adds_down_bias is None else replicated(down_bias) * self.adds_down_bias
         return expert_mlp(
             x_TD,
             topk_ids_TK,
             topk_weights_TK,
-            local(getattr(self, f"{self._up_name}_proj")),
-            local(self.down_proj),
-            None if up_bias is None else local(up_bias),
-            down_bias,
+            *self.local_weights(),
             activation=self.config.activation,
             backend=self.config.backend,
             precision=self.config.precision,
         )
+
+    def local_weights(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """What this rank computes with: up and down projections, and their biases."""
+        up_bias, down_bias = getattr(self, f"{self._up_name}_bias"), self.down_bias
+        if down_bias is not None:
+            down_bias = local(down_bias) if self.adds_down_bias is None else replicated(down_bias) * self.adds_down_bias
+        up_proj = local(getattr(self, f"{self._up_name}_proj"))
+        return up_proj, local(self.down_proj), None if up_bias is None else local(up_bias), down_bias
 
     def extra_repr(self) -> str:
         c = self.config
