@@ -4,7 +4,8 @@
     torchrun --nproc-per-node 8 benchmarks/alltoall.py        # NCCL where there is a GPU for each rank, else gloo
 
 Prints two tables: the bandwidth of `all_to_all` over message sizes, and the time of a layer's forward and backward, its
-tokens spread evenly over the experts or crowded on those of the last rank, for each payload. There, "exchange" is the
+tokens spread evenly over the experts or crowded on those of the last rank, for what is sent (a row for each pick, or each
+token once to a rank, `parallel.ep_sends`) and each payload. There, "exchange" is the
 share of the step spent in the exchange when each message is waited for at once, and "hidden" the part of that time
 which the step no longer spends when the shared expert is computed meanwhile: with gloo, by how much less a rank is kept
 waiting; with NCCL, whose host does not wait, the difference between the steps. "alone" is the same layer with all its
@@ -32,7 +33,8 @@ from torch import Tensor, nn
 
 from dmoe.cli.bench import machine
 from dmoe.moe import MoE, MoEConfig
-from dmoe.moe.dispatch import AllToAllDispatcher, SharedFunction
+from dmoe.moe.dispatch import AllToAllDispatcher, Dispatcher, SharedFunction
+from dmoe.moe.dispatch_tokens import TokenDispatcher
 from dmoe.moe.router import Routing
 from dmoe.ops import exchange as exchange_module
 from dmoe.ops.all_to_all import all_to_all
@@ -41,6 +43,7 @@ from dmoe.ops.exchange import PAYLOADS
 
 SIZES = tuple(2**power for power in range(12, 31, 2))
 ROUTINGS = ("balanced", "skewed")
+SENDS: dict[str, Callable[..., Dispatcher]] = {"picks": AllToAllDispatcher, "tokens": TokenDispatcher}
 
 
 def seconds(run: Callable[[], Any], device: torch.device) -> float:
@@ -74,14 +77,16 @@ def time_messages(sizes: tuple[int, ...], rounds: int, device: torch.device) -> 
     return results
 
 
-class WaitsAtOnce(AllToAllDispatcher):
+def waiting(dispatch: Dispatcher) -> Dispatcher:
     """The same exchange without overlap: the shared expert is computed after the rows have come back."""
 
-    def __call__(
-        self, x_TD: Tensor, routing: Routing, experts: Callable[..., Tensor], shared: SharedFunction | None
+    def dispatch_and_wait(
+        x_TD: Tensor, routing: Routing, experts: Callable[..., Tensor], shared: SharedFunction | None
     ) -> Tensor:
-        y_TD = super().__call__(x_TD, routing, experts, None)
+        y_TD = dispatch(x_TD, routing, experts, None)
         return y_TD if shared is None else y_TD + shared(x_TD)
+
+    return dispatch_and_wait
 
 
 class Layer:
@@ -116,7 +121,7 @@ class Layer:
                 for layer in (self.layer, self.whole):
                     layer.router.weight[-num_local:, 0] += 1
 
-    def step(self, dispatcher: AllToAllDispatcher) -> None:
+    def step(self, dispatcher: Dispatcher) -> None:
         self.layer.dispatcher = dispatcher
         self.layer(self.x).backward(self.grad)
 
@@ -167,7 +172,8 @@ def time_layer(args: argparse.Namespace, device: torch.device) -> list[dict[str,
     group = dist.group.WORLD
     assert group is not None
     layers = {routing: Layer(args, routing, device) for routing in ROUTINGS}
-    kinds = [(r, p, k) for r in ROUTINGS for p in PAYLOADS for k in (AllToAllDispatcher, WaitsAtOnce)]
+    forms = [(sends, payload) for sends in SENDS for payload in PAYLOADS if sends in args.sends.split(",")]
+    kinds = [(r, *form, overlaps) for r in ROUTINGS for form in forms for overlaps in (True, False)]
     times: dict[Any, list[float]] = {kind: [] for kind in kinds}
     inside: dict[Any, list[float]] = {kind: [] for kind in kinds}
     alone: dict[str, list[float]] = {routing: [] for routing in ROUTINGS}
@@ -178,14 +184,14 @@ def time_layer(args: argparse.Namespace, device: torch.device) -> list[dict[str,
             if round_number:
                 alone[routing].append(took)
         for kind in order.sample(kinds, len(kinds)):
-            routing, payload, cls = kind
-            dispatcher = cls(group, args.num_experts, payload=payload)
-            step = partial(layers[routing].step, dispatcher)
+            routing, sends, payload, overlaps = kind
+            dispatcher = SENDS[sends](group, args.num_experts, payload=payload)
+            step = partial(layers[routing].step, dispatcher if overlaps else waiting(dispatcher))
             took, spent = seconds(step, device), seconds_inside(step, device)
             if round_number:
                 times[kind].append(took)
                 inside[kind].append(spent)
-    rows = [summarize(layers[r], r, p, times, inside, device) for r in ROUTINGS for p in PAYLOADS]
+    rows = [summarize(layers[r], r, *form, times, inside, device) for r in ROUTINGS for form in forms]
     return [row | {"seconds_alone": statistics.median(alone[row["routing"]])} for row in rows]
 
 
@@ -198,18 +204,19 @@ def seconds_inside(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def summarize(
-    layer: Layer, routing: str, payload: str, times: dict[Any, list[float]], inside: dict[Any, list[float]],
-    device: torch.device,
+    layer: Layer, routing: str, sends: str, payload: str, times: dict[Any, list[float]],
+    inside: dict[Any, list[float]], device: torch.device,
 ) -> dict[str, Any]:  # fmt: skip
-    overlapped, waiting = (routing, payload, AllToAllDispatcher), (routing, payload, WaitsAtOnce)
-    exchange = statistics.median(inside[waiting])
+    overlapped, in_turn = ((routing, sends, payload, overlaps) for overlaps in (True, False))
+    exchange = statistics.median(inside[in_turn])
     if device.type == "cuda":
-        saved = statistics.median(w - o for w, o in zip(times[waiting], times[overlapped]))
+        saved = statistics.median(w - o for w, o in zip(times[in_turn], times[overlapped]))
     else:
         saved = exchange - statistics.median(inside[overlapped])
-    seconds_waiting = statistics.median(times[waiting])
+    seconds_waiting = statistics.median(times[in_turn])
     return {
         "routing": routing,
+        "sends": sends,
         "payload": payload,
         "most_rows": layer.received_rows(),
         "seconds_waiting": seconds_waiting,
@@ -229,12 +236,12 @@ def report(summary: dict[str, Any]) -> None:
         print(f"{r['bytes'] / 1024:>12.0f} KiB{r['seconds'] * 1e3:>9.3f} ms{r['bytes_per_second'] / 1e9:>9.3f} GB/s")
     print(f"\n{summary['layer']}\n")
     print(
-        f"{'routing':10}{'payload':>8}{'most rows':>11}{'no overlap':>13}{'exchange':>10}{'overlap':>11}{'hidden':>9}"
+        f"{'routing':10}{'sends':>7}{'payload':>8}{'most rows':>11}{'no overlap':>13}{'exchange':>10}{'overlap':>11}{'hidden':>9}"
         f"{'alone':>11}"
     )
     for r in summary["steps"]:
         print(
-            f"{r['routing']:10}{r['payload']:>8}{r['most_rows']:>11}{r['seconds_waiting'] * 1e3:>10.2f} ms"
+            f"{r['routing']:10}{r['sends']:>7}{r['payload']:>8}{r['most_rows']:>11}{r['seconds_waiting'] * 1e3:>10.2f} ms"
             f"{r['exchange_share']:>10.1%}{r['seconds_overlapped'] * 1e3:>8.2f} ms{r['hidden']:>9.1%}"
             f"{r['seconds_alone'] * 1e3:>8.2f} ms"
         )
@@ -289,6 +296,7 @@ def main() -> None:
     parser.add_argument("--shared-size", type=int, default=512, help="width of the shared expert")
     parser.add_argument("--num-experts", type=int, default=8)
     parser.add_argument("--top-k", type=int, default=2)
+    parser.add_argument("--sends", default="picks,tokens", help="what travels, with commas between")
     parser.add_argument("--json", type=Path, help="write the numbers there")
     args = parser.parse_args()
     if "RANK" in os.environ:

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+FULL_LAYOUTS = "fsdp;ep tokens;ep 2 tokens;ep tokens, tp 2;ep"
 BF16_LOSS_BOUND = 0.01
 """Relative: layouts add up in other orders, in bf16, for a few steps."""
 
@@ -61,9 +62,9 @@ def jobs(ranks: int, smoke: bool) -> list[Job]:
     counts = [n for n in (1, 2, 4, 8) if n <= ranks]
     scaled = [] if smoke else ["--layers", "4"]
     weak = [
-        Job(f"weak-{n}", n, ["benchmarks/scaling.py", *model, *scaled, "--layouts", "fsdp;ep"], 100) for n in counts
+        Job(f"weak-{n}", n, ["benchmarks/scaling.py", *model, *scaled, "--layouts", "fsdp;ep;ep tokens"], 100) for n in counts
     ]
-    full = Job("full-model", ranks, ["benchmarks/scaling.py", *model, "--plan"], 200)
+    full = Job("full-model", ranks, ["benchmarks/scaling.py", *model, "--layouts", FULL_LAYOUTS, "--plan"], 220)
     exchange = Job("exchange", ranks, ["benchmarks/alltoall.py", *layer], 90)
     fewer = [Job(f"exchange-{n}", n, ["benchmarks/alltoall.py", *layer], 60) for n in counts if 1 < n < ranks]
     experiments = [

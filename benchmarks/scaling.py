@@ -38,15 +38,18 @@ from dmoe.train.engine import build_engine
 from dmoe.train.optim import build_optimizer
 from dmoe.train.step import training_step
 
-LAYOUTS: dict[str, dict[str, int]] = {
+LAYOUTS: dict[str, dict[str, Any]] = {
     "fsdp": {},
     "ep": {"ep": -1},
+    "ep tokens": {"ep": -1, "ep_sends": "tokens"},
+    "ep 2 tokens": {"ep": 2, "ep_sends": "tokens"},
     "ep 2": {"ep": 2},
     "ep 4": {"ep": 4},
     "tp 2": {"tp": 2},
     "ep, tp 2": {"ep": -1, "tp": 2},
+    "ep tokens, tp 2": {"ep": -1, "tp": 2, "ep_sends": "tokens"},
 }
-"""By name: degrees, of which -1 is all ranks. What is not said is left to FSDP."""
+"""By name: fields of `parallel`; a degree of -1 is all ranks. What is not said is left to FSDP."""
 
 
 def run_config(
@@ -136,16 +139,16 @@ def report(report: dict[str, Any]) -> None:
     size = f"{settings['sequences']} x {settings['seq_len']} tokens a rank"
     print(f"{settings['preset']}, {report['layers']} layers, {size}")
     rates = f"{'ms':>9}{'tokens/s':>11}{'MFU':>8}"
-    print(f"{'layout':12}{rates}{'peak GiB':>10}{'planned':>9}{'sent GiB':>10}{'loss':>10}")
+    print(f"{'layout':16}{rates}{'peak GiB':>10}{'planned':>9}{'sent GiB':>10}{'loss':>10}")
     for name, row in report["layouts"].items():
         if "problem" in row:
-            print(f"{name:12}  {row['problem']}")
+            print(f"{name:16}  {row['problem']}")
             continue
         plan = row.get("planned", {})
         gib = [f"{plan[key] / 2**30:.1f}" if key in plan else "-" for key in ("peak_bytes", "sent_bytes")]
         mfu = f"{row['mfu']:.1%}" if row["mfu"] else "-"
         print(
-            f"{name:12}{row['seconds'] * 1e3:>9.1f}{row['tokens_per_second']:>11,.0f}{mfu:>8}"
+            f"{name:16}{row['seconds'] * 1e3:>9.1f}{row['tokens_per_second']:>11,.0f}{mfu:>8}"
             f"{row['peak_bytes'] / 2**30:>10.1f}{gib[0]:>9}{gib[1]:>10}{row['loss']:>10.4f}"
             f"{'' if row['compiled'] else '  eager'}"
         )
@@ -190,8 +193,8 @@ def main() -> None:
     add = parser.add_argument
     add("--preset", default="olmoe-1b-7b")
     add("--layers", type=int, default=0, help="instead of all that the preset has")
-    add("--layouts", default="fsdp;ep;ep, tp 2", help=f"of {'; '.join(LAYOUTS)}")
-    add("--sequences", type=int, default=2, help="of a rank")
+    add("--layouts", default="fsdp;ep;ep tokens;ep tokens, tp 2", help=f"of {'; '.join(LAYOUTS)}")
+    add("--sequences", type=int, default=4, help="of a rank")
     add("--seq-len", type=int, default=4096)
     add("--steps", type=int, default=8)
     add("--warmup", type=int, default=3)

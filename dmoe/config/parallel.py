@@ -49,6 +49,9 @@ class ParallelConfig:
     exchange: Literal["same", "bf16", "fp8"] = "same"
     """What expert parallelism sends: activations as they are, in bf16, or in fp8 (e4m3, a scale a row; gradients
     and results bf16)."""
+    ep_sends: Literal["picks", "tokens"] = "picks"
+    """What travels to the ranks of the experts: "picks", a row for each, with the bits of one rank; or "tokens", one
+    row to each rank that has experts of the token, which sends less the fewer the ranks and rounds otherwise."""
     max_rows: int = 0
     """With ep: most rows a rank takes in at once; a rank that more are sent to works in chunks. 0: no bound."""
     timeout_seconds: float = 600.0
@@ -59,6 +62,10 @@ class ParallelConfig:
         require_positive(self, "parallel", "dp_replicate", "cp", "tp", "ep", "pp", "timeout_seconds")
         require_not_negative(self, "parallel", "stages_per_rank", "max_rows")
         require(self.dp_shard == -1 or self.dp_shard > 0, "parallel.dp_shard", self.dp_shard, "greater than 0, or -1")
+        require(
+            self.ep_sends == "picks" or self.max_rows == 0,
+            "parallel.max_rows", self.max_rows, '0 with parallel.ep_sends "tokens"',
+        )  # fmt: skip
         stages, kind = self.num_local_stages, f'parallel.schedule "{self.schedule}"'
         if self.schedule in SINGLE_STAGE_SCHEDULES:
             require(stages == 1, "parallel.stages_per_rank", stages, f"1 with {kind}")

@@ -85,7 +85,9 @@ class LoRAExperts(Experts):
     down_lora_B: Tensor
     lora_scale: float
 
-    def forward(self, x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
+    def forward(
+        self, x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, num_rows: int | None = None
+    ) -> Tensor:
         return lora_expert_mlp(
             x_TD,
             topk_ids_TK,

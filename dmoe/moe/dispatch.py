@@ -19,11 +19,13 @@ from dmoe.moe.router import Routing
 from dmoe.ops.all_to_all import exchange_counts
 from dmoe.ops.collectives import all_gather_rows, reduce_scatter_rows
 from dmoe.ops.exchange import PAYLOADS, Exchange, Splits, start_exchange
-from dmoe.ops.permute import Permutation, first_rows, gather_rows, sort_by_expert, sum_rows
+from dmoe.ops.permute import Permutation, first_rows, gather_early, gather_rows, sort_early, sum_rows
 from dmoe.ops.precision import autocast_dtype
+from dmoe.ops.regions import region
 
-ExpertFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(x_TD, topk_ids_TK, topk_weights_TK) -> y_TD; `Experts` is one."""
+ExpertFunction = Callable[..., Tensor]
+"""(x_TD, topk_ids_TK, topk_weights_TK) -> y_TD; `Experts` is one. Dispatchers that know how many of the picks are of
+its experts may say so in a fourth argument."""
 SharedFunction = Callable[[Tensor], Tensor]
 Dispatcher = Callable[[Tensor, Routing, ExpertFunction, "SharedFunction | None"], Tensor]
 
@@ -85,7 +87,7 @@ class AllToAllDispatcher:
         if routing.even and not self.max_rows:
             y_TD = self._exchange_evenly(x_TD, routing.topk_weights_TK.flatten(), experts)
             return y_TD if shared is None else y_TD + shared(x_TD)
-        permutation = sort_by_expert(routing.topk_ids_TK, self.num_experts)
+        permutation = sort_early(routing.topk_ids_TK, self.num_experts)
         offsets_E = permutation.offsets_E.long()
         counts_We = torch.diff(offsets_E, prepend=offsets_E.new_zeros(1)).view(self.group.size(), -1)
         weights_TK = routing.topk_weights_TK
@@ -97,10 +99,13 @@ class AllToAllDispatcher:
             rows_RD, weights_R = _rows_to_send(x_TD, weights_TK, permutation)
             y_RD = self._in_chunks(rows_RD, weights_R, counts_WWe, blocks, experts)
         else:
-            received_We = exchange_counts(counts_We, self.group)
-            splits = Splits(*torch.stack([counts_We.sum(1), received_We.sum(1)]).tolist())
+            with region("exchange"):
+                received_We = exchange_counts(counts_We, self.group)
+                counts_2W = torch.stack([counts_We.sum(1), received_We.sum(1)])
+                early = gather_early(x_TD, permutation, weights_TK.numel())
+                splits = Splits(*counts_2W.tolist())
             permutation = first_rows(permutation, sum(splits.send))
-            rows_RD, weights_R = _rows_to_send(x_TD, weights_TK, permutation)
+            rows_RD, weights_R = _rows_to_send(x_TD, weights_TK, permutation, early)
             exchange = start_exchange(rows_RD, weights_R, splits, self.group, payload=self.payload)
             shared_TD = None if shared is None else shared(x_TD)
             ids_S = _local_ids(received_We, sum(splits.receive))
@@ -154,9 +159,11 @@ class AllToAllDispatcher:
         return torch.cat([by_block[c][w] for w in range(size) for c in range(num_chunks)])
 
 
-def _rows_to_send(x_TD: Tensor, weights_TK: Tensor, permutation: Permutation) -> tuple[Tensor, Tensor]:
+def _rows_to_send(
+    x_TD: Tensor, weights_TK: Tensor, permutation: Permutation, early: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The token and the weight of each row."""
-    return gather_rows(x_TD, permutation), weights_TK.flatten().index_select(0, permutation.order_R)
+    return gather_rows(x_TD, permutation, early), weights_TK.flatten().index_select(0, permutation.order_R)
 
 
 def _local_ids(counts_We: Tensor, num_rows: int) -> Tensor:

@@ -9,6 +9,7 @@ from dmoe.config import MoEConfig
 from dmoe.moe.sharded import local, replicated
 from dmoe.ops import expert_mlp
 from dmoe.ops.activations import activate
+from dmoe.ops.regions import region
 
 
 class Experts(nn.Module):
@@ -36,17 +37,21 @@ class Experts(nn.Module):
         # Set when ranks hold parts of each expert's width, whose results are added: one of them adds the bias.
         self.adds_down_bias: bool | None = None
 
-    def forward(self, x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
-        """Of the experts that this rank holds; ids count from its first."""
-        return expert_mlp(
-            x_TD,
-            topk_ids_TK,
-            topk_weights_TK,
-            *self.local_weights(),
-            activation=self.config.activation,
-            backend=self.config.backend,
-            precision=self.config.precision,
-        )
+    def forward(
+        self, x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, num_rows: int | None = None
+    ) -> Tensor:
+        """Of the experts that this rank holds; ids count from its first. `num_rows`: see `dmoe.ops.expert_mlp`."""
+        with region("experts"):
+            return expert_mlp(
+                x_TD,
+                topk_ids_TK,
+                topk_weights_TK,
+                *self.local_weights(),
+                activation=self.config.activation,
+                backend=self.config.backend,
+                precision=self.config.precision,
+                num_rows=num_rows,
+            )
 
     def local_weights(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """What this rank computes with: up and down projections, and their biases."""

@@ -17,6 +17,7 @@ from dmoe.moe.sharded import replicated_linear
 from dmoe.moe.slots import Slots, sum_slots, take_rows
 from dmoe.moe.stats import LayerStats, StepLoad
 from dmoe.moe.weighed import sum_picks_of_tokens, weigh, weighed_rows
+from dmoe.ops.regions import region
 
 
 class MoE(nn.Module):
@@ -101,7 +102,8 @@ class MoE(nn.Module):
         valid_T, ids_T = (None if t is None else t.reshape(-1) for t in (token_mask, token_ids))
         if valid_T is not None:
             x_TD = x_TD.masked_fill(~valid_T.unsqueeze(1), 0.0)  # whatever padding holds
-        routing = self.router(x_TD, valid_T, ids_T, self.groups.batch)
+        with region("routing"):
+            routing = self.router(x_TD, valid_T, ids_T, self.groups.batch)
         attaches = self.training and torch.is_grad_enabled() and self.config.attaches_losses
         # Before the experts, so that a reduction over ranks runs while they compute.
         sums, sequences = self._start_sums(routing, num_sequences) if attaches else (None, None)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dmoe.config import require
+from dmoe.ops.regions import region
 
 PAYLOADS = ("same", "bf16", "fp8")
 _FP8 = torch.float8_e4m3fn
@@ -109,7 +110,8 @@ class _Start(torch.autograd.Function):
         ticket = rows_RC.new_zeros(1, 1, dtype=format.grad_dtype)
         ticket = ticket.expand(rows_RC.shape[0], format.width + format.weight_width)
         pack = _pack_fp8 if format.payload == "fp8" else _pack
-        return ticket, _send(pack(rows_RC, weights_R, format), format.splits, format.group_name)
+        with region("exchange"):
+            return ticket, _send(pack(rows_RC, weights_R, format), format.splits, format.group_name)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -118,7 +120,8 @@ class _Start(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, message: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        return *_unpack(_received(message), ctx.format), None
+        with region("exchange"):
+            return *_unpack(_received(message), ctx.format), None
 
 
 class _Finish(torch.autograd.Function):
@@ -127,7 +130,8 @@ class _Finish(torch.autograd.Function):
     @staticmethod
     def forward(ticket: Tensor, buffer: Tensor, format: _Format) -> tuple[Tensor, Tensor | None]:
         unpack = _unpack_fp8 if format.payload == "fp8" else _unpack
-        return unpack(_received(buffer), format)
+        with region("exchange"):
+            return unpack(_received(buffer), format)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
@@ -136,7 +140,8 @@ class _Finish(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_SC: Tensor, grad_S: Tensor | None) -> tuple[Tensor, None, None]:
         format: _Format = ctx.format
-        message = _send(_pack(grad_SC, grad_S, format), format.splits.reversed(), format.group_name)
+        with region("exchange"):
+            message = _send(_pack(grad_SC, grad_S, format), format.splits.reversed(), format.group_name)
         # Anomaly detection reads what a backward returns. (It cannot be asked for inside the compiler.)
         is_read = not torch.compiler.is_compiling() and torch.is_anomaly_enabled()
         return _received(message) if is_read else message, None, None

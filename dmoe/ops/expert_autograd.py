@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dmoe.ops.regions import region
+
 Operator = Callable[..., tuple[Tensor, ...]]
 
 
@@ -63,7 +65,8 @@ def expert_function(forward_op: Operator, backward_op: Operator, name: str) -> t
             wanted = [ctx.needs_input_grad[i] for i in (0, 2, 3, 4, 5, 6)]
             args = (grad_TD, *ctx.saved_tensors, ctx.activation, wanted)
             # The compiler cannot trace a Function inside a backward, and refuses second derivatives by itself.
-            grads = backward_op(*args) if torch.compiler.is_compiling() else Backward.apply(*args)
+            with region("experts"):
+                grads = backward_op(*args) if torch.compiler.is_compiling() else Backward.apply(*args)
             dx, *others = (g if w else None for g, w in zip(grads, wanted))
             return dx, None, *others, None, *([None] * ctx.num_options)
 
@@ -85,13 +88,18 @@ def grad_weights_of_picks(
 
 
 def fake_forward(index_dtype: torch.dtype) -> Operator:
-    """Shapes of what a forward operator returns: y_TD, h_RH, and the permutation with indices of that dtype."""
+    """Shapes of what a forward operator returns: y_TD, h_RH, and the permutation with indices of that dtype.
+
+    The first option after `save`, if it is a number, is that of the rows; a flag is not looked at.
+    """
 
     def fake(
         x_TD: Tensor, topk_ids_TK: Tensor, _weights: Tensor, gate_up_proj: Tensor, *rest: Any
     ) -> tuple[Tensor, ...]:
-        _down, _gate_up_bias, _down_bias, _activation, save, *_ = rest
+        _down, _gate_up_bias, _down_bias, _activation, save, *options = rest
         rows = topk_ids_TK.numel()
+        if options and options[0] is not None and not isinstance(options[0], bool):
+            rows = options[0]
         return (
             x_TD.new_empty(x_TD.shape),
             x_TD.new_empty(rows if save else 0, gate_up_proj.shape[1]),

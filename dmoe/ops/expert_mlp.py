@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,10 +17,10 @@ from dmoe.ops.precision import allows_tf32, autocast_dtype, autocast_off, in_aut
 from dmoe.ops.reference import expert_mlp_reference
 
 
-def _expert_mlp_triton(*args: Any) -> Tensor:
+def _expert_mlp_triton(*args: Any, **options: Any) -> Tensor:
     from dmoe.ops.triton_experts import expert_mlp_triton  # Triton is imported when it is needed
 
-    return expert_mlp_triton(*args)
+    return expert_mlp_triton(*args, **options)
 
 
 BACKENDS = {"reference": expert_mlp_reference, "torch": expert_mlp_grouped, "triton": _expert_mlp_triton}
@@ -110,6 +111,7 @@ def expert_mlp(
     activation: str = "silu",
     backend: str | None = None,
     precision: str = "same",
+    num_rows: int | None = None,
 ) -> Tensor:
     """y_t = sum over k of weight[t, k] * MLP_{id[t, k]}(x_t), for every token, however skewed the routing.
 
@@ -130,6 +132,8 @@ def expert_mlp(
         backend: "reference", "torch", "triton" or None: by device and dtype, see `choose_backend`.
         precision: "same", or "fp8": operands of the projections and of their data gradients are rounded to 8 bits, see
             `dmoe.ops.fp8`. It has one implementation: `backend` stays None.
+        num_rows: how many of the picks are of an expert, if the caller knows. With many that are not, it saves the
+            Triton backend the memory of their rows; the others do without. A wrong number gives wrong results.
 
     Returns:
         [T, D] in the dtype of `x_TD`; under autocast in the autocast dtype, to which inputs and weights are cast.
@@ -159,8 +163,9 @@ def expert_mlp(
     }
     _check_dtypes(x_TD, topk_ids_TK, topk_weights_TK, parameters)
     _check_choices(x_TD, activation, gate_up_proj.shape[1] == 2 * down_proj.shape[2], backend)
-    run = BACKENDS[backend] if precision == "same" else expert_mlp_fp8
+    run: Callable[..., Tensor] = BACKENDS[backend] if precision == "same" else expert_mlp_fp8
+    options = {"num_rows": num_rows} if backend == "triton" and precision == "same" else {}
     with autocast_off(x_TD):
         return run(
-            x_TD, topk_ids_TK, topk_weights_TK, gate_up_proj, down_proj, gate_up_bias, down_bias, activation
+            x_TD, topk_ids_TK, topk_weights_TK, gate_up_proj, down_proj, gate_up_bias, down_bias, activation, **options
         )  # fmt: skip

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dmoe.ops.platform import on_its_device, runs_triton
+
 
 class Permutation(NamedTuple):
     """Rows sorted by expert; within an expert, by token. Rows of no expert come last, unless they were cut off."""
@@ -87,6 +89,8 @@ def _sum_real_picks(y_RD: Tensor, inverse_TK: Tensor) -> Tensor:
     would copy the others. Inside the compiler, which does not know how many rows there are, always.
     """
     num_rows = y_RD.shape[0]
+    if y_RD.is_cuda and y_RD.dtype != torch.float64 and runs_triton(y_RD.device):
+        return torch.ops.dmoe.sum_picks(y_RD, inverse_TK)
     if inverse_TK.numel() == 0 or not (torch.compiler.is_compiling() or num_rows < inverse_TK.numel()):
         return sum_picks(y_RD, inverse_TK)
     kept_TK = inverse_TK < num_rows
@@ -97,18 +101,33 @@ def _sum_real_picks(y_RD: Tensor, inverse_TK: Tensor) -> Tensor:
     return F.embedding_bag(rows.narrow(0, 0, num_rows), y_RD, starts_T, mode="sum")
 
 
+@torch.library.custom_op("dmoe::sum_picks", mutates_args=())
+@on_its_device
+def _sum_picks_triton(y_RD: Tensor, inverse_TK: Tensor) -> Tensor:
+    from dmoe.ops.kernels.rows import sum_picks_triton  # Triton is imported when it is needed
+
+    return sum_picks_triton(y_RD.contiguous(), inverse_TK)
+
+
+@_sum_picks_triton.register_fake
+def _(y_RD: Tensor, inverse_TK: Tensor) -> Tensor:
+    return y_RD.new_empty(inverse_TK.shape[0], y_RD.shape[1])
+
+
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(x_TD: Tensor, order_R: Tensor, inverse_TK: Tensor) -> Tensor:
+    def forward(x_TD: Tensor, order_R: Tensor, inverse_TK: Tensor, early: Tensor | None) -> Tensor:
+        if early is not None:
+            return early.narrow(0, 0, order_R.shape[0])
         return x_TD.index_select(0, order_R // inverse_TK.shape[1])
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(inputs[2])
 
     @staticmethod
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
-        return _sum_real_picks(grad_RD, ctx.saved_tensors[0]), None, None
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None, None]:
+        return _sum_real_picks(grad_RD, ctx.saved_tensors[0]), None, None, None
 
 
 class _SumRows(torch.autograd.Function):
@@ -127,13 +146,46 @@ class _SumRows(torch.autograd.Function):
         return grad_TD.index_select(0, ctx.saved_tensors[0] // ctx.top_k), None, None
 
 
-def gather_rows(x_TD: Tensor, permutation: Permutation) -> Tensor:
+def sort_early(topk_ids_TK: Tensor, num_experts: int) -> Permutation:
+    """`sort_by_expert`, on a GPU in a few launches; its indices may then be int32."""
+    if not _runs_kernels(topk_ids_TK) or topk_ids_TK.numel() >= 2**31:
+        return sort_by_expert(topk_ids_TK, num_experts)
+    from dmoe.ops.kernels.sorting import counting_sort  # Triton is imported when it is needed
+
+    return on_its_device(counting_sort)(topk_ids_TK, num_experts)
+
+
+@torch.no_grad()
+def gather_early(x_TD: Tensor, permutation: Permutation, max_rows: int) -> Tensor | None:
+    """What `gather_rows` will return, before it is known how many rows are of experts: a GPU can copy them while the
+    host waits for that number. None where there is no such waiting.
+
+    Args:
+        permutation: with rows of no expert.
+        max_rows: of an expert, at most.
+
+    Returns:
+        [max_rows, D], of which rows of no expert hold anything.
+    """
+    if not _runs_kernels(x_TD):
+        return None
+    from dmoe.ops.kernels.rows import spread_rows
+
+    return on_its_device(spread_rows)(x_TD.contiguous(), permutation.inverse_TK, num_rows=max_rows)
+
+
+def _runs_kernels(tensor: Tensor) -> bool:
+    return tensor.is_cuda and not torch.compiler.is_compiling() and runs_triton(tensor.device)
+
+
+def gather_rows(x_TD: Tensor, permutation: Permutation, early: Tensor | None = None) -> Tensor:
     """[R, D]: the token of each sorted row. Differentiable; the backward is `sum_rows`, so it is deterministic.
 
     Args:
         permutation: if picks may be of no expert, without their rows (`first_rows`); for `sum_rows` too.
+        early: of `gather_early`, whose memory the result takes over.
     """
-    return _GatherRows.apply(x_TD, permutation.order_R, permutation.inverse_TK)
+    return _GatherRows.apply(x_TD, permutation.order_R, permutation.inverse_TK, early)
 
 
 def sum_rows(y_RD: Tensor, permutation: Permutation) -> Tensor:

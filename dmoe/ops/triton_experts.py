@@ -16,6 +16,7 @@ Sizes are those of the shapes alone and nothing is read back to the host, so tha
 
 from __future__ import annotations
 
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -33,12 +34,13 @@ from dmoe.ops.kernels.sorting import counting_sort
 from dmoe.ops.kernels.tiles import RowTiles, row_tiles
 from dmoe.ops.kernels.tuned import Tiles, choose_tiles
 from dmoe.ops.kernels.up import up_projection
+from dmoe.ops.permute import first_rows
 from dmoe.ops.platform import is_hopper, on_its_device
 
 
-def _tiles(x_TD: Tensor, topk_ids_TK: Tensor, down_proj: Tensor) -> Tiles:
+def _tiles(x_TD: Tensor, num_rows: int, down_proj: Tensor) -> Tiles:
     num_experts, hidden_size, expert_width = down_proj.shape
-    return choose_tiles(x_TD, hidden_size, expert_width, topk_ids_TK.numel() // num_experts)
+    return choose_tiles(x_TD, hidden_size, expert_width, num_rows // num_experts)
 
 
 _HAS_GLUON = find_spec("triton.experimental.gluon.nvidia.hopper") is not None
@@ -85,11 +87,13 @@ def _expert_mlp(
     down_bias: Tensor | None,
     activation: str,
     save: bool,
+    num_rows: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns y_TD and, for the backward: h_RH (no rows unless `save`) and the three parts of the permutation."""
     gate_up_proj, down_proj = _aligned(gate_up_proj), _aligned(down_proj)
-    tiles = _tiles(x_TD, topk_ids_TK, down_proj)
-    order_R, inverse_TK, offsets_E = counting_sort(topk_ids_TK, down_proj.shape[0])
+    permutation = counting_sort(topk_ids_TK, down_proj.shape[0])
+    order_R, inverse_TK, offsets_E = permutation if num_rows is None else first_rows(permutation, num_rows)
+    tiles = _tiles(x_TD, order_R.numel(), down_proj)
     scale_R = topk_weights_TK.reshape(-1).index_select(0, order_R)
     blocks = row_tiles(offsets_E, order_R.numel(), tiles.block_m)
     h_RH, a_RF = up_projection(
@@ -125,14 +129,14 @@ def _expert_mlp_backward(
     needs_x, needs_weights, needs_gate_up, needs_down, needs_gate_up_bias, needs_down_bias = needs
     none = [x_TD.new_empty(0) for _ in needs]  # an operator may not return one tensor twice
     grad_x, grad_weights, grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias = none
-    tiles = _tiles(x_TD, topk_ids_TK, down_proj)
+    tiles = _tiles(x_TD, order_R.numel(), down_proj)
     blocks = row_tiles(offsets_E, order_R.numel(), tiles.block_m)
     scale_R = topk_weights_TK.reshape(-1).index_select(0, order_R)
     # Contiguous whatever the strides of the gradient: that of y.sum() is an expanded scalar.
     grad_TD = grad_TD.contiguous()
     gate_up_proj, down_proj = _aligned(gate_up_proj), _aligned(down_proj)
 
-    grad_RD = spread_rows(grad_TD, inverse_TK)
+    grad_RD = spread_rows(grad_TD, inverse_TK, num_rows=order_R.numel())
     grad_h_RH, a_RF, grad_s_R = down_backward_here(
         grad_RD, scale_R, down_proj, h_RH, blocks, activation, tiles.down_backward
     )  # fmt: skip
@@ -144,7 +148,8 @@ def _expert_mlp_backward(
             rows_times_weights(grad_h_RH, gate_up_proj, blocks, False, tiles.up_backward), inverse_TK
         )  # fmt: skip
     if needs_gate_up:
-        grad_gate_up = weight_gradient(grad_h_RH, spread_rows(x_TD, inverse_TK), offsets_E, tiles.gate_up_gradient)
+        x_RD = spread_rows(x_TD, inverse_TK, num_rows=order_R.numel())
+        grad_gate_up = weight_gradient(grad_h_RH, x_RD, offsets_E, tiles.gate_up_gradient)
     if needs_weights:
         grad_weights = grad_weights_of_picks(grad_s_R, inverse_TK, topk_ids_TK, grad_TD, down_bias)
     if needs_gate_up_bias:
@@ -185,10 +190,10 @@ _ExpertMLP = expert_function(
 )
 
 
-def _call(x_TD: Tensor, *args: Any) -> Tensor:
+def _call(num_rows: int | None, x_TD: Tensor, *args: Any) -> Tensor:
     if torch.is_grad_enabled():
-        return _ExpertMLP.apply(x_TD, *args, True)[0]
-    return _expert_mlp(x_TD, *args, False)[0]
+        return _ExpertMLP.apply(x_TD, *args, True, num_rows)[0]
+    return _expert_mlp(x_TD, *args, False, num_rows)[0]
 
 
 def expert_mlp_triton(
@@ -200,6 +205,7 @@ def expert_mlp_triton(
     gate_up_bias: Tensor | None,
     down_bias: Tensor | None,
     activation: str,
+    num_rows: int | None = None,
 ) -> Tensor:
     """See `dmoe.ops.expert_mlp`. bf16, fp16, and fp32: through tf32 if that is allowed, else exact and slow.
 
@@ -211,5 +217,6 @@ def expert_mlp_triton(
             x_TD, topk_ids_TK, topk_weights_TK, gate_up_proj, down_proj, gate_up_bias, down_bias, activation
         )  # fmt: skip
     return with_aligned_widths(
-        _call, x_TD, topk_ids_TK, topk_weights_TK, gate_up_proj, down_proj, gate_up_bias, down_bias, activation
+        partial(_call, num_rows),
+        x_TD, topk_ids_TK, topk_weights_TK, gate_up_proj, down_proj, gate_up_bias, down_bias, activation,
     )  # fmt: skip

@@ -7,6 +7,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from dmoe.moe import BatchGroups, moe_layers
 from dmoe.moe.dispatch import AllToAllDispatcher
+from dmoe.moe.dispatch_tokens import TokenDispatcher
 from dmoe.parallel.mesh import ParallelMesh
 
 
@@ -21,6 +22,8 @@ def apply_expert_parallel(part: nn.Module, mesh: ParallelMesh) -> None:
         for name, parameter in layer.experts.named_parameters():
             spread = distribute_tensor(parameter.detach(), axis, [Shard(0)], src_data_rank=None)
             setattr(layer.experts, name, nn.Parameter(spread, requires_grad=parameter.requires_grad))
-        layer.dispatcher = AllToAllDispatcher(
-            axis.get_group(), layer.config.num_experts, payload=mesh.config.exchange, max_rows=mesh.config.max_rows
-        )
+        group, num_experts, config = axis.get_group(), layer.config.num_experts, mesh.config
+        if config.ep_sends == "tokens":
+            layer.dispatcher = TokenDispatcher(group, num_experts, payload=config.exchange)
+        else:
+            layer.dispatcher = AllToAllDispatcher(group, num_experts, payload=config.exchange, max_rows=config.max_rows)

@@ -39,10 +39,12 @@ def squared_norm_share(
     A part that several ranks hold counts in each by the inverse of their number, so one sum over all ranks serves
     every mesh. `skip` is a parameter that counts elsewhere (a tied embedding's second copy).
     """
+    # Once: the mesh works its ranks out anew at every question.
+    stage_size = 1 if mesh is None else mesh.dense.size() // mesh.config.pp
     by_copies: dict[int, list[Tensor]] = {}
     for parameter, gradient in gradients:
         if parameter is not skip and gradient.numel():
-            by_copies.setdefault(_copies(parameter, mesh), []).append(gradient)
+            by_copies.setdefault(_copies(parameter, stage_size), []).append(gradient)
     total = torch.zeros((), dtype=torch.float64, device=gradients[0][1].device if gradients else None)
     for copies, parts in by_copies.items():
         norms = torch.stack(torch._foreach_norm(parts)).double()
@@ -50,11 +52,8 @@ def squared_norm_share(
     return total
 
 
-def _copies(parameter: Any, mesh: ParallelMesh | None) -> int:
-    """How many ranks of a pipeline stage hold the same part of a parameter."""
-    if mesh is None:
-        return 1
-    stage_size = mesh.dense.mesh.numel() // mesh.config.pp
+def _copies(parameter: Any, stage_size: int) -> int:
+    """How many of the ranks of a pipeline stage hold the same part of a parameter."""
     if is_plain(parameter):
         return stage_size
     sizes = zip(parameter.device_mesh.shape, parameter.placements)

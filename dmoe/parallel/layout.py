@@ -10,7 +10,7 @@ from dmoe.moe import MoE
 from dmoe.parallel.context import apply_context_parallel
 from dmoe.parallel.expert import apply_expert_parallel
 from dmoe.parallel.fsdp import apply_fsdp
-from dmoe.parallel.mesh import ParallelMesh, check_model
+from dmoe.parallel.mesh import ParallelMesh, check_model, recent_torch
 from dmoe.parallel.pipeline import split_stages
 from dmoe.parallel.tensor import apply_tensor_parallel
 
@@ -41,8 +41,9 @@ def parallelize(
         apply_tensor_parallel(part, mesh)
         apply_expert_parallel(part, mesh)
         if train.compile:
-            experts = mesh.data_axes(mesh.experts if mesh.config.ep > 1 else mesh.dense)
-            compile_layers(part, whole=experts is None)
+            spread = mesh.config.ep > 1
+            experts = mesh.data_axes(mesh.experts if spread else mesh.dense)
+            compile_layers(part, whole=experts is None and (recent_torch() or not spread))
         apply_fsdp(part, mesh, expert_dtype)
     return parts
 
@@ -51,7 +52,8 @@ def compile_layers(part: Decoder, *, whole: bool = True) -> None:
     """torch.compile each layer, or its attention alone. Layers are alike: one is compiled and the others reuse it.
 
     Args:
-        whole: False where FSDP gathers the experts: inside a graph it would lose their gradients.
+        whole: False where FSDP gathers the experts, which inside a graph would lose their gradients, and where torch
+            compiles an exchange wrongly (`recent_torch`).
     """
     # The counts of an exchange are read inside the graph.
     torch._dynamo.config.capture_scalar_outputs = True

@@ -119,11 +119,6 @@ def check_model(config: ParallelConfig, model: ModelConfig, train: TrainConfig) 
     )  # fmt: skip
     if config.cp > 1:
         divides("cp times 2", 2 * config.cp, "train.seq_len", train.seq_len)
-    if config.ep > 1 and train.compile:
-        require(
-            recent_torch(), "train.compile", True,
-            f"False with parallel.ep ({config.ep}) and torch {torch.__version__}: right from torch 2.13 on",
-        )  # fmt: skip
     if config.tp > 1:
         require(not train.compile, "train.compile", True, f"False with parallel.tp ({config.tp}): it cannot trace it")
         divides("tp times cp", config.tp * config.cp, "train.seq_len", train.seq_len)

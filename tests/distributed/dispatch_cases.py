@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dmoe.moe import BatchGroups, LoadSummary, MoE, MoEConfig, Recorder
 from dmoe.moe.dispatch import AllToAllDispatcher
+from dmoe.moe.dispatch_tokens import TokenDispatcher
 
 # Elementwise kernels treat the last elements of a tensor otherwise than the rest, unless widths are multiples of 32.
 D, F = 32, 32
@@ -31,6 +32,7 @@ class Case:
     autocast: bool = False
     payload: str = "same"
     max_rows: int = 0
+    sends: str = "picks"
     training: bool = True
     seed: int = 0
     call: Callable[[MoE], Callable[[Tensor], Tensor]] = field(default=lambda layer: layer)
@@ -68,14 +70,17 @@ class Result:
     stats: LoadSummary
 
 
-def spread(layer: MoE, group: dist.ProcessGroup, **options: Any) -> MoE:
+def spread(layer: MoE, group: dist.ProcessGroup, sends: str = "picks", **options: Any) -> MoE:
     """The same layer with the experts of this rank alone, as `dmoe.parallel` lays them out."""
     layer = copy.deepcopy(layer)
     num_local = layer.config.num_experts // group.size()
     own = slice(group.rank() * num_local, (group.rank() + 1) * num_local)
     for name, parameter in list(layer.experts.named_parameters()):
         layer.experts.register_parameter(name, nn.Parameter(parameter.detach()[own].clone()))
-    layer.dispatcher = AllToAllDispatcher(group, layer.config.num_experts, **options)
+    if sends == "tokens":
+        layer.dispatcher = TokenDispatcher(group, layer.config.num_experts, payload=options["payload"])
+    else:
+        layer.dispatcher = AllToAllDispatcher(group, layer.config.num_experts, **options)
     layer.groups = BatchGroups(batch=group)
     return layer
 
@@ -116,7 +121,8 @@ def actual(case: Case, group: dist.ProcessGroup, layers: list[MoE] | None = None
     """
     layers = [] if layers is None else layers
     if not layers:
-        layers.append(spread(case.full_layer(), group, payload=case.payload, max_rows=case.max_rows))
+        options = {"sends": case.sends, "payload": case.payload, "max_rows": case.max_rows}
+        layers.append(spread(case.full_layer(), group, **options))
     layer = layers[0]
     layer.zero_grad()
     x, grads = (t[group.rank()] for t in case.batch())

@@ -97,6 +97,42 @@ def payloads(group: dist.ProcessGroup) -> None:
     assert max(differences(rounded, same).values()) == 0
 
 
+def tokens_once(group: dist.ProcessGroup) -> None:
+    """A token sent once to each rank: the plain layer's numbers but for their rounding, over every kind of batch."""
+    world = group.size()
+    tokens = [UNEVEN[world], [3] * (world - 1) + [0], [0] * world, [1] + [0] * (world - 2) + [90]]
+    kinds: list[dict[str, Any]] = [
+        {"shared_intermediate_size": 16, "bias": True, **LOSSES},
+        {"capacity_factor": 1.0, "gated": False, "activation": "relu2"},
+    ]
+    rounded = [(FP32, False, 1e-5), (BF16, False, 0.03), (FP32, True, 0.03)]
+    number = 0
+    for num_experts, top_k in ((4, 2), (8, 8), (12, 3)):
+        for kind in kinds[: 1 if top_k == num_experts else 2]:
+            for skew in ("", "one", "none")[: 3 if top_k < num_experts else 2]:
+                config = {"num_experts": num_experts, "top_k": top_k, **kind}
+                # A capacity counts the tokens of a rank, so only one rank may have any.
+                few = [0] * (world - 1) + [17] if "capacity_factor" in kind else tokens[number % 4]
+                case = Case(few, FP64, skew, sends="tokens", config=config)
+                check(case, 1e-12, group)
+                dtype, autocast, tolerance = rounded[number % 3]
+                check(dataclasses.replace(case, dtype=dtype, autocast=autocast), tolerance, group)
+                number += 1
+    same = Case(UNEVEN[world], FP32, sends="tokens", config={"num_experts": 4, "top_k": 1})
+    check(same, 1e-5, group, exact=("y", "experts."))  # a pick is a token
+    check(Case(UNEVEN[world], FP32, payload="fp8", sends="tokens", config=kinds[0]), 0.15, group)
+    again = Case(UNEVEN[world], FP32, sends="tokens", config={"num_experts": 8, "top_k": 3})
+    assert max(differences(actual(again, group), actual(again, group)).values()) == 0
+    case = Case([64] * world, FP32, config={"num_experts": 8, "top_k": 8})
+    rows = {}
+    for sends in ("picks", "tokens"):
+        taken: list[int] = []
+        hook = {"call": lambda layer, taken=taken: counting(layer, taken)}
+        actual(dataclasses.replace(case, sends=sends, **hook), group)
+        rows[sends] = taken
+    assert rows == {"picks": [64 * 8], "tokens": [64 * world]}, rows
+
+
 class Saved:
     """Bytes that autograd keeps, each storage once."""
 
@@ -335,6 +371,7 @@ CASES = (
     against_the_plain_layer,
     same_bits,
     payloads,
+    tokens_once,
     bounded_rows,
     any_bound_gives_the_same_bits,
     picks_of_no_expert,

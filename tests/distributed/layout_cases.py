@@ -83,9 +83,13 @@ CASES: dict[int, dict[str, Case]] = {
         "fsdp 2": Case({"dp_shard": 2}),
         "ep 2": Case({"ep": 2}),
         "ep 2, no FSDP on experts, chunks": Case({"ep": 2, "max_rows": 37}),
+        "ep 2, tokens": Case({"ep": 2, "ep_sends": "tokens"}),
         "ep 2, checkpointing": Case({"ep": 2}, train={"activation_checkpointing": True}),
         "ep 2, compiled": Case(
             {"ep": 2}, moe={"global_aux_loss_coef": 0.0}, train={"compile": True, "activation_checkpointing": True}
+        ),
+        "ep 2, tokens, compiled": Case(
+            {"ep": 2, "ep_sends": "tokens"}, moe={"global_aux_loss_coef": 0.0}, train={"compile": True}
         ),
         "cp 2, compiled": Case({"cp": 2}, train={"compile": True}),
         "tp 2": Case({"tp": 2, "sequence_parallel": False}, model=UNTIED),
@@ -115,6 +119,7 @@ CASES: dict[int, dict[str, Case]] = {
         "hsdp 2x2": Case({"dp_replicate": 2, "dp_shard": 2}),
         "ep 4": Case({"ep": 4}),
         "fsdp 2 x ep 2": Case({"dp_shard": 4, "ep": 2}),
+        "fsdp 2 x tp 2 x ep 4, tokens": Case({"dp_shard": 2, "tp": 2, "ep": 4, "ep_sends": "tokens"}),
         "fsdp 2 x ep 2, an expert a rank": Case({"dp_shard": 4, "ep": 2}, moe={"num_experts": 2, "latent_size": 6}),
         "fsdp 2 x tp 2, one expert": Case({"dp_shard": 2, "tp": 2}, moe={"num_experts": 1, "top_k": 1, "bias": True}),
         "dp 2 x ep 2": Case({"dp_replicate": 2, "dp_shard": 2, "ep": 2}),
@@ -139,9 +144,7 @@ CASES: dict[int, dict[str, Case]] = {
 
 def supported(case: Case) -> bool:
     """Whether this torch can run a case."""
-    compiled_exchange = case.parallel.get("ep", 1) > 1 and case.train.get("compile", False)
-    needs_recent = case.parallel.get("schedule") in SPLIT_BACKWARD_SCHEDULES or compiled_exchange
-    return recent_torch() or not needs_recent
+    return recent_torch() or case.parallel.get("schedule") not in SPLIT_BACKWARD_SCHEDULES
 
 
 def run_case(config: RunConfig, *, spread: bool) -> dict[str, Any]:

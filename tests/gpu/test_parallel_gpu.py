@@ -15,6 +15,7 @@ from dmoe.models import Decoder
 from dmoe.models.attention import causal_attention
 from dmoe.moe import BatchGroups, MoE
 from dmoe.moe.dispatch import AllToAllDispatcher, TensorParallelDispatcher
+from dmoe.moe.dispatch_tokens import TokenDispatcher
 from dmoe.parallel import build_mesh
 from dmoe.parallel.context import ContextAttention
 from dmoe.parallel.fsdp import apply_fsdp
@@ -54,7 +55,7 @@ def test_exchange_over_nccl_changes_no_bit(group: dist.ProcessGroup, tokens: int
     x = torch.randn(tokens, 256, device=CUDA, dtype=dtype)
     expected = outputs_and_gradients(layer, x, autocast)
     layer.groups = BatchGroups(batch=group)
-    for dispatcher in (AllToAllDispatcher(group, 8), TensorParallelDispatcher(group)):
+    for dispatcher in (AllToAllDispatcher(group, 8), TokenDispatcher(group, 8), TensorParallelDispatcher(group)):
         layer.dispatcher = dispatcher
         for ours, theirs in zip(outputs_and_gradients(layer, x, autocast), expected, strict=True):
             # Under autocast the tokens are cast once, not by each user, so gradients of x add up in bf16.

@@ -22,7 +22,7 @@ from interpreted import DEVICE
 from no_expert import KINDS, drop, dropped_gradient, gradients_with_drops, kept
 from torch import Tensor
 
-from dmoe.ops import sort_by_expert, triton_experts
+from dmoe.ops import expert_mlp, sort_by_expert, triton_experts
 from dmoe.ops.kernels import fp8 as fp8_kernels
 from dmoe.ops.kernels import sorting
 from dmoe.ops.kernels.decode import GROUPED, PER_TOKEN, DecodeTile, DecodeTiles, decode_mlp
@@ -80,6 +80,45 @@ def test_tiles_cover_the_rows_of_experts_alone(monkeypatch: pytest.MonkeyPatch) 
     for tiles, want, rows in used:
         assert tiles == want
         assert rows == kept(dirty) < 140
+
+
+@pytest.mark.parametrize("kind", ["some", "all", "none"])
+def test_rows_of_no_expert_take_no_memory_where_their_number_is_known(kind: str) -> None:
+    dirty, _ = drop(make_problem(T=25, D=40, F=40, E=4, K=2, bias=True, dtype=MAIN_DTYPE), kind)
+    inputs = [t.to(DEVICE) for t in dirty.tensors()]
+    grad = torch.randn_like(inputs[0]).nan_to_num()
+    results = []
+    for num_rows in (None, kept(dirty)):
+        leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in inputs]
+        x, ids, weights, gate_up, down, gate_up_bias, down_bias = leaves
+        with Rows() as rows:
+            y = expert_mlp(
+                x, ids, weights, gate_up, down, gate_up_bias, down_bias, backend="triton", num_rows=num_rows
+            )  # fmt: skip
+            y.backward(grad)
+        results.append([y.detach(), *(t.grad for t in leaves if t.requires_grad)])
+        assert rows.kept == (50 if num_rows is None else num_rows)
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got, want)
+
+
+class Rows:
+    """How many rows the pre-activation that is kept for the backward has."""
+
+    kept = 0
+
+    def __enter__(self) -> "Rows":
+        def note(tensor: Tensor) -> Tensor:
+            if tensor.dim() == 2 and tensor.shape[1] == 80:
+                self.kept = tensor.shape[0]
+            return tensor
+
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        self.hooks.__exit__(*args)
 
 
 SORTS = [(40, 2, 7, "some"), (1, 3, 3, "one expert"), (33, 1, 64, "some"), (33, 1, 1, "all"), (20, 4, 16, "some"),

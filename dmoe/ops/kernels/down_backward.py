@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dmoe.ops.kernels.activations import gated_with_derivative, pointwise_with_derivative
-from dmoe.ops.kernels.launch import Tile, num_multiprocessors
+from dmoe.ops.kernels.launch import Tile, num_programs
 from dmoe.ops.kernels.products import precision
 from dmoe.ops.kernels.ragged import ragged_descriptor, store_part, store_rows
 from dmoe.ops.kernels.tiles import RowTiles, halves, place
@@ -127,7 +127,7 @@ def down_backward(
     if num_rows == 0:
         return dh_RH, sa_RF, scale_R.new_empty(0)
     part_block = [tile.block_m, tile.block_n // 4]
-    _down_backward_kernel[(num_multiprocessors(grad_RD.device),)](
+    _down_backward_kernel[(num_programs(grad_RD.device),)](
         TensorDescriptor.from_tensor(grad_RD, [tile.block_m, tile.block_k]),
         TensorDescriptor.from_tensor(down, [1, tile.block_k, tile.block_n]),
         h_RH,

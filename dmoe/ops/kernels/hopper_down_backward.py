@@ -27,7 +27,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from dmoe.ops.kernels.activations import gated_with_derivative
 from dmoe.ops.kernels.hardware import prefetch
-from dmoe.ops.kernels.launch import num_multiprocessors
+from dmoe.ops.kernels.launch import num_programs
 from dmoe.ops.kernels.ragged import BOUND, ragged_shape_and_strides
 from dmoe.ops.kernels.tiles import RowTiles, halves, place
 
@@ -264,7 +264,7 @@ def down_backward(
     block_m, block_n, block_k, stages = tiles.block_m, 4 * _CHUNK, 64, 3
     dh_RH, sa_RF = torch.empty_like(h_RH), h_RH.new_empty(num_rows, F)
     ds_NR = scale_R.new_empty(triton.cdiv(F, block_n), num_rows)
-    _kernel[(num_multiprocessors(h_RH.device),)](
+    _kernel[(num_programs(h_RH.device),)](
         _descriptor(grad_RD, [block_m, block_k]), _descriptor(down.flatten(0, 1), [block_k, block_n]),
         h_RH, _descriptor(h_RH, [block_m, _CHUNK]),
         _descriptor(dh_RH, [block_m, _CHUNK], ragged=True), _descriptor(sa_RF, [block_m, _CHUNK], ragged=True),

@@ -6,6 +6,7 @@ import functools
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,19 @@ class Tile:
     """One software pipeline over all tiles of a program: the next tile is loaded while this one is stored."""
 
 
+WAVES_BESIDE_COLLECTIVES = 4
+"""Programs for each multiprocessor where collectives may run at the same time. They hold some multiprocessors, and a
+program that waits for one of those would keep the whole kernel waiting: with several, others take over most of its
+tiles. Which program computes a tile changes no bit."""
+
+
+def num_programs(device: torch.device) -> int:
+    """Programs of a persistent kernel: one for each multiprocessor, and several in a process group."""
+    shared = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return _num_multiprocessors(device) * (WAVES_BESIDE_COLLECTIVES if shared else 1)
+
+
 @functools.lru_cache
-def num_multiprocessors(device: torch.device) -> int:
-    """Programs of a persistent kernel: one for each multiprocessor. Off the GPU, in the interpreter, a few."""
+def _num_multiprocessors(device: torch.device) -> int:
+    """Off the GPU, in the interpreter, a few."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dmoe.ops.kernels.launch import Tile, num_multiprocessors
+from dmoe.ops.kernels.launch import Tile, num_programs
 from dmoe.ops.kernels.ragged import load_rows, ragged_descriptor, store_rows
 from dmoe.ops.kernels.tiles import RowTiles, halves, place
 from dmoe.ops.precision import allows_tf32
@@ -80,7 +80,7 @@ def rows_times_weights(
     if num_rows == 0:
         return y_RN
     w_block = [1, tile.block_n, tile.block_k] if transpose_weights else [1, tile.block_k, tile.block_n]
-    _rows_kernel[(num_multiprocessors(x_RK.device),)](
+    _rows_kernel[(num_programs(x_RK.device),)](
         TensorDescriptor.from_tensor(x_RK, [tile.block_m, tile.block_k]),
         TensorDescriptor.from_tensor(w_E, w_block),
         ragged_descriptor(y_RN, [tile.block_m, tile.block_n // tile.split]),
@@ -127,7 +127,7 @@ def weight_gradient(left_RM: Tensor, right_RN: Tensor, offsets_E: Tensor, tile: 
     grad_EMN = left_RM.new_empty(num_experts, M, N)
     if left_RM.shape[0] == 0:
         return grad_EMN.zero_()
-    _weight_gradient_kernel[(num_multiprocessors(left_RM.device),)](
+    _weight_gradient_kernel[(num_programs(left_RM.device),)](
         ragged_descriptor(left_RM, [tile.block_k, tile.block_m]),
         ragged_descriptor(right_RN, [tile.block_k, tile.block_n]),
         TensorDescriptor.from_tensor(grad_EMN, [1, tile.block_m, tile.block_n // tile.split]),

@@ -75,19 +75,21 @@ def sum_picks_triton(y_RD: Tensor, inverse_TK: Tensor, out: Tensor | None = None
     return y_TD
 
 
-def spread_rows(x_TD: Tensor, inverse_TK: Tensor, out: Tensor | None = None) -> Tensor:
+def spread_rows(x_TD: Tensor, inverse_TK: Tensor, out: Tensor | None = None, *, num_rows: int | None = None) -> Tensor:
     """x_RD[inverse_TK[t, k]] = x_TD[t]. Not differentiable.
 
     Args:
         x_TD: last dimension contiguous.
         inverse_TK: int32 or int64, no row twice; as many as the result has rows, or more, names none.
         out: [R or more, D] of the dtype of x_TD; rows that inverse_TK does not name are left as they are.
+        num_rows: without `out`: rows of the result, where inverse_TK names fewer than R.
     """
     num_tokens, top_k = inverse_TK.shape
     width = x_TD.shape[1]
-    x_RD = x_TD.new_empty(num_tokens * top_k, width) if out is None else out
+    num_rows = num_tokens * top_k if num_rows is None else num_rows
+    x_RD = x_TD.new_empty(num_rows, width) if out is None else out
     _check_rows(x_TD, x_RD)
-    if x_RD.shape[0] < num_tokens * top_k:
+    if out is not None and x_RD.shape[0] < num_tokens * top_k:
         raise ValueError(f"out has {x_RD.shape[0]} rows for {num_tokens * top_k} picks")
     if num_tokens and top_k and width:
         grid, sizes = _launch(num_tokens, top_k, width)

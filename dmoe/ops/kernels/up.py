@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dmoe.ops.kernels.activations import gated, pointwise
-from dmoe.ops.kernels.launch import Tile, num_multiprocessors
+from dmoe.ops.kernels.launch import Tile, num_programs
 from dmoe.ops.kernels.products import precision
 from dmoe.ops.kernels.ragged import ragged_descriptor, store_part, store_rows
 from dmoe.ops.kernels.tiles import RowTiles, halves, place
@@ -119,7 +119,7 @@ def up_projection(
         if save
         else None
     )
-    _up_kernel[(num_multiprocessors(x_TD.device),)](
+    _up_kernel[(num_programs(x_TD.device),)](
         x_TD, TensorDescriptor.from_tensor(gate_up.unflatten(1, (parts, -1)), [1, parts, tile.block_n, tile.block_k]),
         bias, h_desc, ragged_descriptor(a_RF, [tile.block_m, tile.block_n // tile.split]), order_R, scale_R,
         tiles.table_M4, tiles.used_1, D, expert_width,
