@@ -4,12 +4,12 @@
     torchrun --nproc-per-node 8 benchmarks/alltoall.py        # NCCL where there is a GPU for each rank, else gloo
 
 Prints two tables: the bandwidth of `all_to_all` over message sizes, and the time of a layer's forward and backward, its
-tokens spread evenly over the experts or crowded on those of the last rank, for what is sent (a row for each pick, or each
-token once to a rank, `parallel.ep_sends`) and each payload. There, "exchange" is the
-share of the step spent in the exchange when each message is waited for at once, and "hidden" the part of that time
-which the step no longer spends when the shared expert is computed meanwhile: with gloo, by how much less a rank is kept
-waiting; with NCCL, whose host does not wait, the difference between the steps. "alone" is the same layer with all its
-experts on each rank and nothing exchanged. `--json FILE` writes both.
+tokens spread evenly over the experts or crowded on those of the last rank, for what is sent (a row for each pick, or
+each token once to a rank: `parallel.ep_sends`) and each payload. There, "exchange" is the share of the step spent in the
+exchange when each message is waited for at once, and "hidden" the part of that time which the step no longer spends
+when the shared expert is computed meanwhile: with gloo, by how much less a rank is kept waiting; with NCCL, whose host
+does not wait, the difference between the steps. "alone" is the same layer with all its experts on each rank and nothing
+exchanged. `--json FILE` writes both.
 """
 
 from __future__ import annotations
@@ -236,14 +236,14 @@ def report(summary: dict[str, Any]) -> None:
         print(f"{r['bytes'] / 1024:>12.0f} KiB{r['seconds'] * 1e3:>9.3f} ms{r['bytes_per_second'] / 1e9:>9.3f} GB/s")
     print(f"\n{summary['layer']}\n")
     print(
-        f"{'routing':10}{'sends':>7}{'payload':>8}{'most rows':>11}{'no overlap':>13}{'exchange':>10}{'overlap':>11}{'hidden':>9}"
-        f"{'alone':>11}"
+        f"{'routing':10}{'sends':>7}{'payload':>8}{'most rows':>11}{'no overlap':>13}{'exchange':>10}{'overlap':>11}"
+        f"{'hidden':>9}{'alone':>11}"
     )
     for r in summary["steps"]:
         print(
-            f"{r['routing']:10}{r['sends']:>7}{r['payload']:>8}{r['most_rows']:>11}{r['seconds_waiting'] * 1e3:>10.2f} ms"
-            f"{r['exchange_share']:>10.1%}{r['seconds_overlapped'] * 1e3:>8.2f} ms{r['hidden']:>9.1%}"
-            f"{r['seconds_alone'] * 1e3:>8.2f} ms"
+            f"{r['routing']:10}{r['sends']:>7}{r['payload']:>8}{r['most_rows']:>11}"
+            f"{r['seconds_waiting'] * 1e3:>10.2f} ms{r['exchange_share']:>10.1%}"
+            f"{r['seconds_overlapped'] * 1e3:>8.2f} ms{r['hidden']:>9.1%}{r['seconds_alone'] * 1e3:>8.2f} ms"
         )
 
 

@@ -1,14 +1,17 @@
-"""Hold the plan of `dmoe train --dry-run` against real runs: processes on this machine, over gloo.
+"""Hold the plan of `dmoe train --dry-run` against real runs.
 
-    python benchmarks/dry_run_check.py [--ranks 4]
+    python benchmarks/dry_run_check.py [--ranks 4] [--json FILE]      processes of this machine, over gloo
+    python benchmarks/dry_run_check.py --device cuda [--json FILE]    one GPU, several models
 
-For each layout: bytes of weights, gradients and optimiser state; activations that a forward saves for its backward;
-bytes sent in a step; and by how much the process grew, against the planned peak.
+On the CPU, for each layout: bytes of weights, gradients, optimiser state, activations that a forward saves and bytes
+sent in a step; the peak by the account of `dmoe.observe.memory`; and by how much the process grew. On a GPU: the peak
+of the allocator (torch.cuda.max_memory_allocated) and, in a further step, the account of what it consists of.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -24,13 +27,16 @@ from torch import Tensor
 
 from dmoe.config import ModelConfig, MoEConfig, ParallelConfig, RunConfig, TrainConfig
 from dmoe.moe.sharded import local
+from dmoe.observe.memory.account import Account, account_of, following_step
+from dmoe.observe.memory.accounting import MemoryTimeline
+from dmoe.observe.memory.operators import operators_to_look_into
 from dmoe.ops.collectives import leave_process_group
 from dmoe.parallel import build_mesh
 from dmoe.parallel.fsdp import fsdp_modules
 from dmoe.parallel.traffic import TrafficCounter
 from dmoe.train.engine import Batch, Engine, build_engine
 from dmoe.train.optim import build_optimizer
-from dmoe.train.plan import RankPlan, plan
+from dmoe.train.plan import RankPlan, logits_width, plan
 from dmoe.train.step import training_step
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -49,6 +55,19 @@ CONFIG = RunConfig(
     train=TrainConfig(batch_size=8, micro_batch_size=4, seq_len=512, device="cpu", precision="fp32"),
 )  # fmt: skip
 
+# What is trained on one GPU: a tiny model, and four layers as wide as OLMoE's (64 experts of 1024, 8 a token).
+CUDA_MODELS = {
+    "tiny": ModelConfig(
+        vocab_size=8192, hidden_size=512, num_layers=4, num_heads=8, num_kv_heads=4, head_dim=64,
+        moe=MoEConfig(intermediate_size=512, num_experts=16, top_k=2), tie_embeddings=False, max_seq_len=4096,
+    ),
+    "olmoe, 4 layers": ModelConfig(
+        vocab_size=50304, hidden_size=2048, num_layers=4, num_heads=16, num_kv_heads=16, head_dim=128, qk_norm="full",
+        moe=MoEConfig(intermediate_size=1024, num_experts=64, top_k=8), tie_embeddings=False, max_seq_len=4096,
+    ),
+}  # fmt: skip
+CUDA_SEQ_LEN = 2048
+
 
 def storages(tensors: list[Tensor]) -> dict[int, int]:
     """Bytes of each different storage behind some tensors."""
@@ -64,8 +83,19 @@ def warm_up(config: RunConfig) -> None:
     measure(replace(config, model=model, train=replace(config.train, seq_len=32)))
 
 
+def account_for_step(engine: Engine, optimizer: torch.optim.Optimizer, batch: Batch, config: RunConfig) -> Account:
+    """The account of one training step; not a first one, which makes the optimiser's state."""
+    timeline = MemoryTimeline(
+        device=engine.device.type, logits_width=logits_width(config.model.vocab_size, engine.mesh),
+        expand=operators_to_look_into(engine.device), rounding=512 if engine.device.type == "cuda" else 1,
+    )  # fmt: skip
+    with timeline, following_step(timeline, engine.parameters, optimizer):
+        training_step(engine, optimizer, batch, config.optim)
+    return account_of(timeline)
+
+
 def measure(config: RunConfig) -> dict[str, Any]:
-    """What this rank holds, saves, sends and grows by in two training steps."""
+    """What this rank holds, saves, sends and grows by in training steps."""
     before = _memory("VmRSS")
     mesh = build_mesh(config.parallel)
     engine = build_engine(config, torch.device("cpu"), mesh)
@@ -76,19 +106,22 @@ def measure(config: RunConfig) -> dict[str, Any]:
         lambda *_: gradients.extend(p.grad for p in engine.parameters if p.grad is not None)
     )
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
-    for step in range(2):
-        batch = _batch(config, mesh, step)
-        with TrafficCounter(mesh) as counter:
-            training_step(engine, optimizer, batch, config.optim)
-        if step == 0:
-            sizes["gradients"] = sum(storages(gradients).values())
-            sizes["sent"] = dict(counter.sent)
-        gradients.clear()
+    with TrafficCounter(mesh) as counter:
+        training_step(engine, optimizer, _batch(config, mesh, 0), config.optim)
+    sizes["gradients"] = sum(storages(gradients).values())
+    gradients.clear()
+    sizes["sent"] = dict(counter.sent)
+    training_step(engine, optimizer, _batch(config, mesh, 1), config.optim)
+    gradients.clear()
     sizes["growth"] = _memory("VmHWM") - before
     sizes["weights"] = sum(storages(engine.parameters).values())
     sizes["optimizer state"] = sum(storages([t for s in optimizer.state.values() for t in s.values()]).values())
     sizes["parameters"] = sum(local(p).numel() for p in engine.parameters)
     sizes["activations"] = saved_by_forward(engine, _batch(config, mesh, 0))
+    optimizer.zero_grad()
+    optimizer._optimizer_step_pre_hooks.clear()
+    account = account_for_step(engine, optimizer, _batch(config, mesh, 2), config)
+    sizes["peak"], sizes["phases"] = account.categories, account.phases
     return sizes
 
 
@@ -129,11 +162,12 @@ def _weight_storages(part: torch.nn.Module) -> set[int]:
     return {t.untyped_storage().data_ptr() for t in weights}
 
 
-def _batch(config: RunConfig, mesh: Any, seed: int) -> Batch:
-    shape = (config.train.batch_size // mesh.dp_size, config.train.seq_len // mesh.config.cp)
+def _batch(config: RunConfig, mesh: Any, seed: int, device: str = "cpu") -> Batch:
+    dp_size, cp, dp_rank = (1, 1, 0) if mesh is None else (mesh.dp_size, mesh.config.cp, mesh.dp_rank)
+    shape = (config.train.batch_size // dp_size, config.train.seq_len // cp)
     # Ranks that work on the same tokens must draw the same.
-    generator = torch.Generator().manual_seed(seed * 1000 + mesh.dp_rank)
-    ids = torch.randint(config.model.vocab_size, shape, generator=generator)
+    generator = torch.Generator().manual_seed(seed * 1000 + dp_rank)
+    ids = torch.randint(config.model.vocab_size, shape, generator=generator).to(device)
     return Batch(ids, ids.roll(-1, 1))
 
 
@@ -175,27 +209,116 @@ def differences(planned: RankPlan, real: dict[str, Any]) -> list[tuple[str, floa
     rows += [("activations", kept, real["activations"])]
     for name in sorted({*planned.sent, *real["sent"]}):
         rows.append((f"sent, {name}", planned.sent.get(name, 0), real["sent"].get(name, 0)))
-    return rows
+    return [*rows, ("peak", planned.total, sum(real["peak"].values()))]
 
 
-def main() -> int:
-    """Print planned and measured, layout by layout."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ranks", type=int, default=4)
-    ranks = parser.parse_args().ranks
+def check_cpu(ranks: int) -> list[dict[str, Any]]:
+    """Print planned and measured for each layout; a dict for each rank of a plan."""
     # Blocks of this size and more go back to the system when freed, so that growth is what lives at once.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
     configs = {name: replace(CONFIG, parallel=ParallelConfig(**layout)) for name, layout in LAYOUTS.items()}
     real = run_for_real(configs, ranks, fresh=True)
+    found = []
     for name, config in configs.items():
         print(f"\n{name}\n{'':48}{'planned MiB':>14}{'measured MiB':>14}{'':>8}")
         for planned in plan(config, ranks).ranks:
             measured = real[name][planned.rank]
             rows = differences(planned, measured)
+            rows += [(f"at the peak, {c}", planned.peak[c], measured["peak"][c]) for c in planned.peak]
             rows.append(("growth of the process", planned.total, measured["growth"]))
-            for what, ours, theirs in rows:
-                off = f"{ours / theirs - 1:+.1%}" if theirs else ""
-                print(f"rank {planned.rank}: {what:40} {ours / 2**20:14.2f}{theirs / 2**20:14.2f}{off:>8}")
+            _print_rows(f"rank {planned.rank}: ", rows)
+            found.append({"layout": name, "rank": planned.rank, "rows": rows})
+    return found
+
+
+def _print_rows(title: str, rows: list[tuple[str, float, float]]) -> None:
+    for what, ours, theirs in rows:
+        if ours or theirs:
+            off = f"{ours / theirs - 1:+.1%}" if theirs else ""
+            print(f"{title}{what:40} {ours / 2**20:14.2f}{theirs / 2**20:14.2f}{off:>8}", flush=True)
+
+
+def check_cuda() -> list[dict[str, Any]]:
+    """Each model with 1 and 4 sequences a micro-batch, with and without checkpointing. What fails is said and left."""
+    found = []
+    for model in CUDA_MODELS:
+        for micro_batch in (1, 4):
+            for checkpointing in (False, True):
+                case = {"model": model, "micro_batch_size": micro_batch, "activation_checkpointing": checkpointing}
+                try:
+                    found.append(case | _check_cuda_case(_cuda_config(case)))
+                    _print_case(found[-1])
+                except Exception as error:  # the next case may work, and this runs once
+                    print(f"{case}: {type(error).__name__}: {error}", flush=True)
+                    found.append(case | {"error": f"{type(error).__name__}: {error}"})
+                gc.collect()  # of engines, which are cycles
+                torch.cuda.empty_cache()
+    return found
+
+
+def _cuda_config(case: dict[str, Any]) -> RunConfig:
+    size = case["micro_batch_size"]
+    train = TrainConfig(
+        batch_size=size * 2, micro_batch_size=size, seq_len=CUDA_SEQ_LEN, device="cuda", precision="bf16",
+        activation_checkpointing=case["activation_checkpointing"], compile=False,
+    )  # fmt: skip
+    return RunConfig(model=CUDA_MODELS[case["model"]], train=train)
+
+
+def _check_cuda_case(config: RunConfig) -> dict[str, Any]:
+    planned = plan(config, 1).ranks[0]
+    device = torch.device("cuda", torch.cuda.current_device())
+    outside = torch.cuda.memory_allocated(device) - _clear_workspaces(device)  # of what ran before
+    engine = build_engine(config, device)
+    optimizer = build_optimizer(engine.parts, config.optim)
+    for step in range(2):
+        training_step(engine, optimizer, _batch(config, None, step, "cuda"), config.optim)
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    training_step(engine, optimizer, _batch(config, None, 2, "cuda"), config.optim)
+    torch.cuda.synchronize(device)
+    peak, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+    account = account_for_step(engine, optimizer, _batch(config, None, 3, "cuda"), config)
+    torch.cuda.synchronize(device)
+    workspaces = _clear_workspaces(device)
+    measured = account.categories | {"workspaces of kernels": workspaces}
+    return {
+        "device": torch.cuda.get_device_name(device), "torch": torch.__version__,
+        "planned": planned.total, "max_memory_allocated": peak - outside, "max_memory_reserved": reserved,
+        "difference": planned.total / (peak - outside) - 1, "accounted": sum(measured.values()),
+        "unaccounted": peak - outside - sum(measured.values()),
+        "planned_categories": planned.peak, "measured_categories": measured, "measured_phases": account.phases,
+    }  # fmt: skip
+
+
+def _clear_workspaces(device: torch.device) -> int:
+    """Free cuBLAS's workspaces; how large they were."""
+    before = torch.cuda.memory_allocated(device)
+    torch._C._cuda_clearCublasWorkspaces()
+    return before - torch.cuda.memory_allocated(device)
+
+
+def _print_case(case: dict[str, Any]) -> None:
+    name = f"{case['model']}, micro-batch {case['micro_batch_size']}, "
+    name += "checkpointing" if case["activation_checkpointing"] else "no checkpointing"
+    print(f"\n{name}\n{'':40} {'planned MiB':>14}{'measured MiB':>14}")
+    planned, measured = case["planned_categories"], case["measured_categories"]
+    rows: list[tuple[str, float, float]] = [(c, planned[c], measured[c]) for c in planned]
+    rows += [("unaccounted", 0, case["unaccounted"])]
+    _print_rows("", [*rows, ("peak, max_memory_allocated", case["planned"], case["max_memory_allocated"])])
+
+
+def main() -> int:
+    """Print planned and measured."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--json", type=Path, help="write the numbers there, in bytes")
+    options = parser.parse_args()
+    found = check_cuda() if options.device == "cuda" else check_cpu(options.ranks)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
     return 0
 
 

@@ -62,7 +62,8 @@ def jobs(ranks: int, smoke: bool) -> list[Job]:
     counts = [n for n in (1, 2, 4, 8) if n <= ranks]
     scaled = [] if smoke else ["--layers", "4"]
     weak = [
-        Job(f"weak-{n}", n, ["benchmarks/scaling.py", *model, *scaled, "--layouts", "fsdp;ep;ep tokens"], 100) for n in counts
+        Job(f"weak-{n}", n, ["benchmarks/scaling.py", *model, *scaled, "--layouts", "fsdp;ep;ep tokens"], 100)
+        for n in counts
     ]
     full = Job("full-model", ranks, ["benchmarks/scaling.py", *model, "--layouts", FULL_LAYOUTS, "--plan"], 220)
     exchange = Job("exchange", ranks, ["benchmarks/alltoall.py", *layer], 90)

@@ -124,7 +124,7 @@ def train(config: RunConfig, device: torch.device, mesh: ParallelMesh | None, na
         if name and step == STEPS - 1:
             with trace_allocations(device, name), count_memory(engine, optimizer) as count:
                 results.append(training_step(engine, optimizer, batch, config.optim))
-            save_counts(count, name)
+            save_counts(count, name, step + 1, device)
         else:
             results.append(training_step(engine, optimizer, batch, config.optim))
     return results

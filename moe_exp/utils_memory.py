@@ -1,8 +1,14 @@
-"""What a rank's memory holds in a training step: counted by kind, and on CUDA also traced by the allocator."""
+"""What a rank's memory holds in a training step: by the account of `dmoe.observe.memory`, and on CUDA also traced by
+the allocator.
+
+    python utils_memory.py assets/A.json assets/B.json --out FILE.png       the accounts of several layouts, as bars
+"""
 
 from __future__ import annotations
 
+import argparse
 import itertools
+import json
 import os
 import pickle
 from collections.abc import Callable, Iterator
@@ -12,50 +18,37 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from utils import print_by_rank
 
-from dmoe.moe.sharded import local
+from dmoe.observe.memory.account import account_of, following_step
+from dmoe.observe.memory.accounting import MemoryTimeline
+from dmoe.observe.memory.operators import operators_to_look_into
+from dmoe.observe.memory.picture import draw_bars, save_pictures
 from dmoe.train.engine import Engine
+from dmoe.train.plan import logits_width
 
 ASSETS = Path(os.environ.get("ASSETS") or Path(__file__).resolve().parent / "assets")
-KINDS = ("weights", "gradients", "optimiser", "activations")
 MIB = 2**20
 
 
 @contextmanager
-def count_memory(engine: Engine, optimizer: torch.optim.Optimizer) -> Iterator[dict[str, int]]:
-    """Around one training step: on leaving, the dictionary has the bytes on this rank of each of `KINDS`.
-
-    Activations are what the forward keeps for the backward, weights left out, the ones that FSDP has gathered too.
-    """
-    kept: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        part = local(tensor)
-        if hasattr(part, "trigger_wait"):  # the result of a collective that has not been waited for has no memory
-            part = part.trigger_wait()
-        storage = part.untyped_storage()
-        if storage.data_ptr() not in {weight.untyped_storage().data_ptr() for weight in weights_in_use(engine)}:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    count: dict[str, int] = {}
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+def count_memory(engine: Engine, optimizer: torch.optim.Optimizer) -> Iterator[dict[str, Any]]:
+    """Around one training step: on leaving, the dictionary has this rank's account, in bytes: "categories" at the peak,
+    their sum "peak_bytes", "largest" of each category at any time, and what the picture needs."""
+    timeline = MemoryTimeline(
+        device=engine.device.type,
+        logits_width=logits_width(engine.parts[0].config.vocab_size, engine.mesh),
+        expand=operators_to_look_into(engine.device),
+    )
+    count: dict[str, Any] = {"rank": dist.get_rank()}
+    with timeline, following_step(timeline, engine.parameters, optimizer):
         yield count
-    states = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
-    count["weights"] = count["gradients"] = num_bytes(weights_in_use(engine))  # a gradient for each weight
-    count["optimiser"] = num_bytes([local(t) for t in states])
-    count["activations"] = sum(kept.values())
-
-
-def weights_in_use(engine: Engine) -> list[Tensor]:
-    """This rank's parts of the parameters; while FSDP has gathered a layer, the whole ones of that layer."""
-    return [local(p) for p in engine.parameters]
-
-
-def num_bytes(tensors: list[Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
+    account = account_of(timeline)
+    curve = account.curve
+    count.update(
+        peak_bytes=account.peak_bytes, categories=account.categories, largest=account.largest, phases=account.phases,
+        curve=list(zip(curve.seconds, curve.totals)), areas=curve.categories, phase_starts=curve.phases,
+    )  # fmt: skip
 
 
 @contextmanager
@@ -76,29 +69,21 @@ def trace_allocations(device: torch.device, name: str) -> Iterator[None]:
     ASSETS.mkdir(exist_ok=True)
     (ASSETS / f"{name}_rank0.pickle").write_bytes(pickle.dumps(snapshot))
     events = [event for trace in snapshot["device_traces"] for event in trace]
-    save_picture(f"{name}_rank0", lambda axes: draw_trace(axes, events, before))
+    save_picture(ASSETS / f"{name}_rank0.png", name, lambda axes: draw_trace(axes, events, before))
 
 
-def save_counts(count: dict[str, int], name: str) -> None:
-    """Print the counts of every rank and draw them into assets/NAME.png. Collective."""
-    in_mib = ", ".join(f"{kind} {count[kind] / MIB:.1f}" for kind in KINDS)
-    print_by_rank(f"rank {dist.get_rank()} memory, MiB: {in_mib}")
+def save_counts(count: dict[str, Any], name: str, step: int, device: torch.device) -> None:
+    """Print the account of every rank, and put all into assets/NAME.json, NAME.png and NAME.svg. Collective."""
+    used = ", ".join(f"{category} {size / MIB:.1f}" for category, size in count["categories"].items() if size)
+    print_by_rank(f"rank {dist.get_rank()} memory, MiB: {used}; peak {count['peak_bytes'] / MIB:.1f}")
     counts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(counts, count)
     if dist.get_rank() == 0:
-        save_picture(name, lambda axes: draw_counts(axes, counts))
+        summary = {"name": name, "step": step, "device": str(device), "ranks": counts}
+        ASSETS.mkdir(exist_ok=True)
+        (ASSETS / f"{name}.json").write_text(json.dumps(summary) + "\n")
+        save_pictures(ASSETS, summary, name)
         print(f"picture: {ASSETS / name}.png", flush=True)
-
-
-def draw_counts(axes: Any, counts: list[dict[str, int]]) -> None:
-    """A stacked bar for each rank."""
-    bottom = [0.0] * len(counts)
-    for kind in KINDS:
-        heights = [count[kind] / MIB for count in counts]
-        axes.bar(range(len(counts)), heights, bottom=bottom, label=kind)
-        bottom = [b + h for b, h in zip(bottom, heights)]
-    axes.set(xlabel="rank", ylabel="MiB", xticks=range(len(counts)))
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def draw_trace(axes: Any, events: list[dict[str, Any]], before: int) -> None:
@@ -113,18 +98,39 @@ def draw_trace(axes: Any, events: list[dict[str, Any]], before: int) -> None:
     axes.set(xlabel="ms", ylabel="allocated, MiB", ylim=(0, None))
 
 
-def save_picture(name: str, draw: Callable[[Any], None]) -> None:
-    """assets/NAME.png with what `draw` draws, replaced as a whole."""
+def save_picture(path: Path, title: str, draw: Callable[[Any], None]) -> None:
+    """What `draw` draws, replaced as a whole."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7.5, 3.6), layout="constrained")
     draw(axes)
-    axes.set_title(name)
-    ASSETS.mkdir(exist_ok=True)
-    temporary = ASSETS / f"{name}.tmp"
-    figure.savefig(temporary, format="png", dpi=120)
+    axes.set_title(title, loc="left", fontsize=10)
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles[::-1], labels[::-1], loc="outside right upper", frameon=False, fontsize=9)
+    temporary = path.with_suffix(".tmp")
+    figure.savefig(temporary, format="png", dpi=110)
     plt.close(figure)
-    os.replace(temporary, ASSETS / f"{name}.png")
+    os.replace(temporary, path)
+
+
+def compare(files: list[Path], out: Path) -> None:
+    """Bars of the ranks of several runs of test_mesh.py, side by side."""
+    ranks = []
+    for file in files:
+        summary = json.loads(file.read_text())
+        name = summary["name"].removeprefix("mesh_").removesuffix("_small")
+        ranks += [rank | {"label": f"{name}\nrank {rank['rank']}"} for rank in summary["ranks"]]
+    title = "memory at the peak, by layout (replicas x shards x tensor parallel)"
+    save_picture(out, title, lambda axes: draw_bars(axes, {"ranks": ranks}))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Compare the memory of layouts.")
+    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    compare(options.files, options.out)

@@ -34,6 +34,7 @@ OPTIONS = {
     "model.moe.intermediate_size": "32",
     "optim.lr": "0.003",
     "optim.warmup_steps": "5",
+    "profiling.explain_non_finite": "false",  # runs the step again
     "train.steps": "12",
     "train.batch_size": "4",
     "train.micro_batch_size": "2",

@@ -15,6 +15,7 @@ VERBS = {
     "lora": "merge the adapters of a run into its weights, or export them for PEFT",
     "convert": "turn a model into the files of another tool: Hugging Face, Megatron, MegaBlocks, and back",
     "report": "write the HTML report of a run",
+    "inspect": "show how a trained model routes a text: loads, what each expert gets, drift between checkpoints",
     "bench": "time the expert computation against a dense MLP and other implementations",
     "doctor": "show versions, devices and which backends work",
 }

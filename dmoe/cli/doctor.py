@@ -1,21 +1,59 @@
-"""`dmoe doctor`: versions, devices, threads, and which backends of the expert computation work here."""
+"""`dmoe doctor [RUN]`: what this machine has and which backends work here; or what went wrong in a run, and where."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
 import sys
+from pathlib import Path
 
 from dmoe.cli.arguments import Parser
+from dmoe.errors import ConfigError
 
 _PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "tyro", "rich", "tensorboard", "transformers", "triton")
 
 
+_DESCRIPTION = """Without RUN: versions, devices, threads, and which backends of the expert computation work here.
+With a run directory: what went wrong in the run and where, in sentences. Ranks that hang and the collective that they
+did not come to (from RUN/hang, which a run writes when nothing moves for profiling.hang_timeout seconds), ranks that
+keep the others waiting, steps that were not finite, memory that ran out."""
+
+
 def main(args: list[str]) -> int:
-    """Print the report; the exit code is 1 if no backend works on some device."""
-    Parser(prog="dmoe doctor", description=__doc__).parse_args(args)
+    """Print the report; the exit code is 1 if something is wrong: with the run, or no backend works on some device."""
+    parser = Parser(prog="dmoe doctor", description=_DESCRIPTION)
+    parser.add_argument("run", nargs="?", metavar="RUN", help="a run directory")
+    parser.add_argument("--json", action="store_true", help="the findings about RUN as JSON")
+    options = parser.parse_args(args)
+    if options.run is not None:
+        return _examine_run(Path(options.run), as_json=options.json)
+    if options.json:
+        raise ConfigError("--json is for a run: dmoe doctor RUN --json")
+    return _examine_machine()
+
+
+def _examine_run(run_dir: Path, *, as_json: bool) -> int:
+    from dmoe.observe.hang.run_findings import run_findings
+
+    if not run_dir.is_dir():
+        raise ConfigError(f"RUN is {str(run_dir)!r}: must be a run directory")
+    if not any((run_dir / name).exists() for name in ("config.yaml", "metrics.jsonl", "hang", "profiling")):
+        raise ConfigError(f"RUN is {str(run_dir)!r}: must be a run directory (one with config.yaml)")
+    findings = run_findings(run_dir)
+    if as_json:
+        print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1))
+    elif not findings:
+        print(f"{run_dir}: nothing wrong was found")
+    for finding in () if as_json else findings:
+        print(f"{finding.kind}: {finding.message}")
+    return 1 if findings else 0
+
+
+def _examine_machine() -> int:
     import torch
 
     from dmoe import __version__

@@ -16,6 +16,7 @@ from dmoe.config.parallel import (
     ParallelConfig,
     Schedule,
 )
+from dmoe.config.profiling import ProfilingConfig
 from dmoe.config.run import RunConfig, config_to_yaml
 from dmoe.config.train import CheckpointConfig, DataConfig, LoRAConfig, OptimConfig, TrainConfig
 
@@ -33,6 +34,7 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "ParallelConfig",
+    "ProfilingConfig",
     "RopeConfig",
     "RunConfig",
     "Schedule",

@@ -8,6 +8,7 @@ from typing import Any
 from dmoe.config.checks import require
 from dmoe.config.model import ModelConfig
 from dmoe.config.parallel import ParallelConfig
+from dmoe.config.profiling import ProfilingConfig
 from dmoe.config.train import CheckpointConfig, DataConfig, OptimConfig, TrainConfig
 
 
@@ -25,6 +26,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
 
     def __post_init__(self) -> None:
         require(

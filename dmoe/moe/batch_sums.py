@@ -13,7 +13,7 @@ from dmoe.ops.balancing import normalized_scores, sums_by_sequence
 from dmoe.ops.collectives import finish_all_reduce, start_all_reduce
 from dmoe.ops.routing import count_tokens_by_sequence
 
-SCALARS = ("aux_loss", "z_loss", "router_entropy", "dropped", "seq_aux_loss", "global_aux_loss")
+SCALARS = ("aux_loss", "z_loss", "router_entropy", "confidence", "dropped", "seq_aux_loss", "global_aux_loss")
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,11 @@ def squared_logsumexp(routing: Routing) -> Tensor:
     return z_T.sum() if routing.valid_T is None else (z_T * routing.valid_T).sum()
 
 
+def decisiveness(probs_TE: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over the tokens of the entropy of their probabilities in nats, and of the largest of them."""
+    return torch.special.entr(probs_TE).sum(), probs_TE.amax(dim=-1).sum()
+
+
 @torch.no_grad()
 def sequence_sums(routing: Routing, num_sequences: int, group: dist.ProcessGroup | None) -> SequenceSums:
     """Sums by sequence; the T rows of a rank are its parts of `num_sequences` sequences, one after the other."""
@@ -82,7 +87,7 @@ def start_batch_sums(
     num_tokens, num_experts = routing.scores_TE.shape
     with torch.no_grad():
         probs_TE = probabilities(routing)
-        z_sum, entropy_sum = squared_logsumexp(routing), torch.special.entr(probs_TE).sum()
+        z_sum, (entropy_sum, confidence_sum) = squared_logsumexp(routing), decisiveness(probs_TE)
         zero = torch.zeros_like(z_sum, dtype=torch.float64)
         valid = zero + (num_tokens if routing.valid_T is None else routing.valid_T.sum())
         dropped = zero if routing.dropped is None else routing.dropped
@@ -92,7 +97,7 @@ def start_batch_sums(
             copies = 1 if groups.sequence is None else groups.sequence.size()
             losses, num_sequences = sequences.losses_B.sum() / copies, (sequences.tokens_B > 0).sum() / copies
         # One message, in fp64 so that counts stay exact.
-        scalars = [x.double() for x in (z_sum, entropy_sum, dropped, losses, num_sequences, valid)]
+        scalars = [x.double() for x in (z_sum, entropy_sum, confidence_sum, dropped, losses, num_sequences, valid)]
         sums = torch.cat([routing.tokens_per_expert().double(), probs_TE.sum(dim=0).double(), torch.stack(scalars)])
         if groups.batch is not None:
             sums = start_all_reduce(sums, groups.batch)
@@ -140,16 +145,29 @@ class BatchSums:
         return _shares(counts_E if self._step_counts_E is None else counts_E + self._step_counts_E)
 
     @property
-    def scalars(self) -> Tensor:
-        """fp64, in the order of `SCALARS`; losses without their coefficients."""
-        num_tokens = self.num_tokens
-        prob_sums_E = self._sums[self.num_experts : 2 * self.num_experts]
-        z_sum, entropy_sum, dropped, sequence_losses = self._sums[-6:-2]
-        aux_loss, step_loss = (
-            self.num_experts * (load_E * prob_sums_E).sum() / num_tokens for load_E in (self.load_E, self.step_load_E)
-        )
-        sequence_loss = sequence_losses / self.num_sequences
-        return torch.stack([aux_loss, z_sum / num_tokens, entropy_sum / num_tokens, dropped, sequence_loss, step_loss])
+    def flat(self) -> Tensor:
+        """All of it in one fp64 tensor, for `scalars_of`: counts [E], sums of probabilities [E], the other sums, and
+        the counts of the step up to and with this batch [E]."""
+        counts_E, step_E = self.tokens_per_expert_E, self._step_counts_E
+        return torch.cat([self._sums, counts_E if step_E is None else counts_E + step_E])
+
+
+NUM_SUMS = 7
+"""Sums in a message beside those of each expert."""
+
+
+def scalars_of(flat: Tensor, num_experts: int) -> Tensor:
+    """[..., S] fp64, in the order of `SCALARS`, from `BatchSums.flat` of one or more layers or batches, [..., 3E + 7].
+    Losses are without their coefficients."""
+    counts, prob_sums, sums, step_counts = flat.split([num_experts, num_experts, NUM_SUMS, num_experts], dim=-1)
+    z_sum, entropy_sum, confidence_sum, dropped, sequence_losses, num_sequences, num_tokens = sums.unbind(dim=-1)
+    num_tokens = num_tokens.clamp_min(1)
+    aux_loss, step_loss = (
+        num_experts * (c * prob_sums).sum(dim=-1) / (c.sum(dim=-1).clamp_min(1) * num_tokens)
+        for c in (counts, step_counts)
+    )
+    means = (z_sum / num_tokens, entropy_sum / num_tokens, confidence_sum / num_tokens)
+    return torch.stack([aux_loss, *means, dropped, sequence_losses / num_sequences.clamp_min(1), step_loss], dim=-1)
 
 
 def _shares(counts_E: Tensor) -> Tensor:

@@ -9,20 +9,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dmoe.moe.batch_sums import SCALARS, BatchSums
+from dmoe.moe.batch_sums import NUM_SUMS, BatchSums
 
 
 class LayerStats:
-    """For `Recorder`: over all ranks, counts [E], and scalars in the order of `SCALARS`."""
+    """For `Recorder`: sums over all ranks, as in `BatchSums.flat`. What is made of them is worked out later, for all
+    layers at once, so that a forward has little to add."""
 
     def __init__(self, num_experts: int, device: torch.device) -> None:
-        self.tokens_per_expert_E = torch.zeros(num_experts, dtype=torch.int64, device=device)
-        self.scalars = torch.zeros(len(SCALARS), dtype=torch.float64, device=device)
+        self.flat = torch.zeros(3 * num_experts + NUM_SUMS, dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def write(self, sums: BatchSums) -> None:
-        self.tokens_per_expert_E.copy_(sums.tokens_per_expert_E)
-        self.scalars.copy_(sums.scalars)
+        self.flat.copy_(sums.flat)
 
 
 class StepLoad:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -52,24 +52,32 @@ class MetricsWriter:
         self.close()
 
 
-def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of a metrics file in file order, as dicts. null, and NaN or Infinity if written by hand, become None.
+def metrics_lines(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """The lines of a metrics file in file order, as dicts, one after another: never more than one is held as text.
+    null, and NaN or Infinity if written by hand, become None.
 
     A broken last line is left out. A broken line before it is damage, not an interruption: `RunError` with its number.
     """
-    path = Path(path)
+    broken = 0
     try:
-        lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                if broken:
+                    raise RunError(f"{path}: line {broken} is not a JSON object")
+                record = _parse(line)
+                if record is None:
+                    broken = number
+                else:
+                    yield record
     except OSError as error:
         raise RunError(f"cannot read {path}: {error.strerror}") from error
-    records = []
-    for number, line in enumerate(lines, 1):
-        record = _parse(line)
-        if record is not None:
-            records.append(record)
-        elif number < len(lines):
-            raise RunError(f"{path}: line {number} is not a JSON object")
-    return records
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """All of `metrics_lines`."""
+    return list(metrics_lines(path))
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

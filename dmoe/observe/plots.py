@@ -6,10 +6,14 @@ a light or a dark theme, and as a PNG on white with its title in it, for slides 
 
 from __future__ import annotations
 
+import contextlib
+import html
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import matplotlib
@@ -22,7 +26,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 Record = dict[str, Any]
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
-# The light theme's colours. In the SVG each becomes var(--plot-NAME); report.html.jinja defines both themes.
+# The light theme's colours. In the SVG each becomes var(--plot-NAME); report.css defines both themes.
 COLORS = {
     "ink": "#1f2733",
     "muted": "#667184",
@@ -31,6 +35,10 @@ COLORS = {
     "orange": "#d66f0c",
     "green": "#1a9562",
     "red": "#d3303c",
+    "purple": "#7b4fd6",
+    "cyan": "#1793a8",
+    "pink": "#c93f92",
+    "brown": "#8a6a3c",
 }
 NARROW, WIDE = 6.2, 12.9  # inches: half of the page, all of it
 _STYLE: Any = {
@@ -47,11 +55,16 @@ _STYLE: Any = {
     "legend.frameon": False,
     "path.simplify_threshold": 0.5,
 }
+_DRAW_PNG: ContextVar[bool] = ContextVar("draw_png", default=True)
+_BUCKETS = 300  # of a curve: its smallest and its largest value in each are kept
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One figure, ready for the page and for plots/`name`.png. `reading` is the sentence that says how to read it."""
+    """One figure, ready for the page and for plots/`name`.png. `reading` is the sentence that says how to read it.
+
+    `svg` is empty for a picture that only becomes a file, `png` where `style` was told to leave the files out.
+    """
 
     name: str
     title: str
@@ -61,24 +74,40 @@ class Picture:
     wide: bool
 
 
-def style() -> Any:
-    """Context in which figures must be made and rendered."""
-    return matplotlib.rc_context(_STYLE)
+@contextlib.contextmanager
+def style(png: bool = True) -> Iterator[None]:
+    """Context in which figures are made and rendered; without `png` their PNG form, half the work, is left out."""
+    token = _DRAW_PNG.set(png)
+    try:
+        with matplotlib.rc_context(_STYLE):
+            yield
+    finally:
+        _DRAW_PNG.reset(token)
 
 
-def render(fig: Figure, name: str, title: str, reading: str) -> Picture:
-    """Render `fig` to both forms."""
+def render(fig: Figure, name: str, title: str, reading: str, svg: bool = True) -> Picture:
+    """Render `fig` to both forms, or without `svg` to the file alone."""
     FigureCanvasAgg(fig)
+    text = _svg(fig, name, title) if svg else ""
+    png = _png(fig, title) if _DRAW_PNG.get() else b""
+    return Picture(name, title, reading, text, png, bool(fig.get_size_inches()[0] >= WIDE))
+
+
+def _svg(fig: Figure, name: str, title: str) -> str:
     raw = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": name}):  # the same run gives the same bytes
         fig.savefig(raw, format="svg", transparent=True, metadata={"Date": None})
+    return _inline(raw.getvalue().decode(), name, title)
+
+
+def _png(fig: Figure, title: str) -> bytes:
     width, height = fig.get_size_inches()
     # Room for the title above what is drawn, so that it fits whatever the layout of the figure.
     fig.text(0.012, 1 + 0.12 / height, title, fontsize=11.5, fontweight="bold", va="bottom", color=COLORS["ink"])
     png = io.BytesIO()
     dpi = 130 if width < WIDE else 110
     fig.savefig(png, format="png", dpi=dpi, facecolor="white", bbox_inches="tight", pad_inches=0.15)
-    return Picture(name, title, reading, _inline(raw.getvalue().decode(), name, title), png.getvalue(), width >= WIDE)
+    return png.getvalue()
 
 
 def _inline(svg: str, name: str, title: str) -> str:
@@ -87,7 +116,10 @@ def _inline(svg: str, name: str, title: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<style .*?</style>", "", svg, flags=re.DOTALL)  # would apply to the whole page
     svg = re.sub(r"\sxmlns(:\w+)?=\"[^\"]*\"", "", svg)  # HTML knows SVG without its namespace
-    svg = re.sub(r"<svg ([^>]*?)>", lambda m: f'<svg {_frame(m[1])} role="img" aria-label="{title}">', svg, count=1)
+    label = html.escape(title)
+    svg = re.sub(r"<svg ([^>]*?)>", lambda m: f'<svg {_frame(m[1])} role="img" aria-label="{label}">', svg, count=1)
+    # A hundredth of a point is finer than any screen, and six decimals are half of the page.
+    svg = re.sub(r'\sd="[^"]*"', lambda m: re.sub(r"-?\d+\.\d{3,}", _hundredths, m[0]), svg)
     # One page holds many figures, and each numbers its parts from 1: keep the ids that are referred to, with a prefix.
     used = set(re.findall(r'(?:url\(#|xlink:href="#)([^)"]+)', svg))
     svg = re.sub(r'\sid="([^"]*)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", svg)
@@ -95,6 +127,10 @@ def _inline(svg: str, name: str, title: str) -> str:
     for color, value in COLORS.items():
         svg = svg.replace(value, f"var(--plot-{color})")
     return svg
+
+
+def _hundredths(number: re.Match[str]) -> str:
+    return f"{float(number[0]):.2f}".rstrip("0").rstrip(".")
 
 
 def _frame(attributes: str) -> str:
@@ -136,6 +172,33 @@ def series(records: Sequence[Record], key: str, scale: float = 1.0) -> tuple[Arr
     return steps, values
 
 
+def envelope(steps: Array, values: Array, buckets: int = _BUCKETS) -> tuple[Array, Array]:
+    """The points of a curve, `steps` and `values` [N], that show it as well as all: at most two for each of `buckets`
+    equal spans of steps, its smallest and its largest value, so that no spike is lost. Values are NaN where a whole
+    span is; the first and the last point always stay."""
+    if len(steps) <= 2 * buckets:
+        return steps, values
+    edges = np.linspace(steps[0], steps[-1], buckets + 1)[1:-1]
+    keep = {0, len(steps) - 1}
+    starts = np.concatenate([[0], np.searchsorted(steps, edges), [len(steps)]])
+    for start, stop in pairwise(starts):
+        part = values[start:stop]
+        if np.isfinite(part).any():
+            keep |= {start + int(np.nanargmin(part)), start + int(np.nanargmax(part))}
+        elif len(part):
+            keep.add(int(start))
+    kept = sorted(keep)
+    return steps[kept], values[kept]
+
+
+def thin(steps: Array, buckets: int = _BUCKETS) -> Array:
+    """Of marks at `steps` [N], one for each of `buckets` equal spans, for more cannot be told apart."""
+    if len(steps) <= buckets:
+        return steps
+    span = np.linspace(steps[0], steps[-1], buckets + 1)[:-1]
+    return steps[np.unique(np.searchsorted(steps, span))]
+
+
 def smooth(values: Array) -> Array:
     """Running median over about a twentieth of the points, centred, narrower at the ends; NaN stays NaN.
 
@@ -159,9 +222,9 @@ def _line(ax: Axes, steps: Array, values: Array, color: str, label: str, smoothe
     enough = np.isfinite(values).sum() >= 8
     marker = "" if enough else "o"
     if smoothed and enough:
-        ax.plot(steps, values, color=COLORS[color], alpha=0.3, linewidth=0.8)
+        ax.plot(*envelope(steps, values), color=COLORS[color], alpha=0.3, linewidth=0.8)
         values = smooth(values)
-    ax.plot(steps, values, color=COLORS[color], linewidth=1.7, marker=marker, markersize=4.5, label=label)
+    ax.plot(*envelope(steps, values), color=COLORS[color], linewidth=1.7, marker=marker, markersize=4.5, label=label)
 
 
 def _limit_spikes(ax: Axes, steps: Array, values: Array, beside: Array | None = None) -> None:
@@ -179,8 +242,9 @@ def _limit_spikes(ax: Axes, steps: Array, values: Array, beside: Array | None = 
     above = steps[np.nan_to_num(values) > ceiling]
     if len(above):
         ax.set_ylim(low - 0.05 * (ceiling - low), ceiling)
-        top = np.full(len(above), ceiling)
-        ax.plot(above, top, "^", color=COLORS["red"], markersize=5, clip_on=False, label=f"{len(above)} off the scale")
+        marks = thin(above)
+        ax.plot(marks, np.full(len(marks), ceiling), "^", color=COLORS["red"], markersize=5, clip_on=False,
+                label=f"{len(above)} off the scale")  # fmt: skip
 
 
 def finish(ax: Axes, empty: str = "no finite values yet") -> None:
@@ -218,13 +282,13 @@ def loss_curve(train: Sequence[Record], evals: Sequence[Record], events: Sequenc
             eval_steps, eval_values, color=COLORS["orange"], linewidth=1.7, marker="o", markersize=4, label="validation"
         )
     _limit_spikes(ax, steps, values, beside=eval_values)
-    bad = steps[np.isnan(values)]
+    bad = thin(steps[np.isnan(values)])
     if len(bad):
         edge = np.zeros(len(bad))
         ax.plot(bad, edge, "x", color=COLORS["red"], transform=ax.get_xaxis_transform(), clip_on=False, markersize=5,
                 label="not finite")  # fmt: skip
-    for i, event in enumerate(events):
-        ax.axvline(event["step"], color=COLORS["muted"], linewidth=0.9, linestyle=":", label="" if i else "event")
+    for i, step in enumerate(thin(np.unique([float(event["step"]) for event in events]))):
+        ax.axvline(step, color=COLORS["muted"], linewidth=0.9, linestyle=":", label="" if i else "event")
     ax.set_ylabel("nats per token")
     finish(ax)
     reading = (
@@ -273,7 +337,7 @@ def grad_norm_curve(train: Sequence[Record]) -> Picture:
     """Gradient norm before clipping, with the log lines in which steps were skipped."""
     fig, ax = curve(train, "grad_norm", "global norm", "blue")
     _limit_spikes(ax, *series(train, "grad_norm"))
-    for i, step in enumerate(skipped_at(train)):
+    for i, step in enumerate(thin(skipped_at(train))):
         ax.axvline(step, color=COLORS["red"], linewidth=1.1, alpha=0.8, label="" if i else "skipped steps")
     ax.set_ylim(bottom=0)
     finish(ax)

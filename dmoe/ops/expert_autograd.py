@@ -90,7 +90,7 @@ def grad_weights_of_picks(
 def fake_forward(index_dtype: torch.dtype) -> Operator:
     """Shapes of what a forward operator returns: y_TD, h_RH, and the permutation with indices of that dtype.
 
-    The first option after `save`, if it is a number, is that of the rows; a flag is not looked at.
+    An option after `save` that is a number is that of the rows; a flag is not looked at.
     """
 
     def fake(
@@ -98,8 +98,7 @@ def fake_forward(index_dtype: torch.dtype) -> Operator:
     ) -> tuple[Tensor, ...]:
         _down, _gate_up_bias, _down_bias, _activation, save, *options = rest
         rows = topk_ids_TK.numel()
-        if options and options[0] is not None and not isinstance(options[0], bool):
-            rows = options[0]
+        rows = next((n for n in options if n is not None and not isinstance(n, bool)), rows)
         return (
             x_TD.new_empty(x_TD.shape),
             x_TD.new_empty(rows if save else 0, gate_up_proj.shape[1]),

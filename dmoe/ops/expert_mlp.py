@@ -132,8 +132,8 @@ def expert_mlp(
         backend: "reference", "torch", "triton" or None: by device and dtype, see `choose_backend`.
         precision: "same", or "fp8": operands of the projections and of their data gradients are rounded to 8 bits, see
             `dmoe.ops.fp8`. It has one implementation: `backend` stays None.
-        num_rows: how many of the picks are of an expert, if the caller knows. With many that are not, it saves the
-            Triton backend the memory of their rows; the others do without. A wrong number gives wrong results.
+        num_rows: how many of the picks are of an expert, if the caller knows. With many that are not, it saves a GPU
+            the memory of their rows. A wrong number gives wrong results.
 
     Returns:
         [T, D] in the dtype of `x_TD`; under autocast in the autocast dtype, to which inputs and weights are cast.
@@ -164,7 +164,7 @@ def expert_mlp(
     _check_dtypes(x_TD, topk_ids_TK, topk_weights_TK, parameters)
     _check_choices(x_TD, activation, gate_up_proj.shape[1] == 2 * down_proj.shape[2], backend)
     run: Callable[..., Tensor] = BACKENDS[backend] if precision == "same" else expert_mlp_fp8
-    options = {"num_rows": num_rows} if backend == "triton" and precision == "same" else {}
+    options = {} if num_rows is None or backend == "reference" or precision != "same" else {"num_rows": num_rows}
     with autocast_off(x_TD):
         return run(
             x_TD, topk_ids_TK, topk_weights_TK, gate_up_proj, down_proj, gate_up_bias, down_bias, activation, **options

@@ -25,6 +25,7 @@ of S.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ from torch import Tensor
 from dmoe.ops.activations import activate, activate_backward
 from dmoe.ops.aligned import with_aligned_widths
 from dmoe.ops.expert_autograd import expert_function, fake_backward, fake_forward
-from dmoe.ops.permute import sum_picks
+from dmoe.ops.permute import first_rows, sum_picks
 from dmoe.ops.platform import on_its_device
 from dmoe.ops.products import is_batch, permute_rows, rows_times_weights, weight_gradient
 
@@ -86,6 +87,7 @@ def _expert_mlp(
     activation: str,
     save: bool,
     may_resize: bool,
+    num_rows: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns y_TD and, for the backward: h_RH (no rows unless `save`) and the three parts of the permutation.
 
@@ -93,6 +95,8 @@ def _expert_mlp(
     """
     gated = gate_up_proj.shape[1] == 2 * down_proj.shape[2]
     permutation = permute_rows(topk_ids_TK, gate_up_proj, may_resize)
+    if num_rows is not None and not may_resize:
+        permutation = first_rows(permutation, num_rows)
     order_R, inverse_TK, offsets_E = permutation
     batch = is_batch(x_TD, order_R, inverse_TK, offsets_E)
     tokens_R, experts_R, scale_R1 = row_metadata(order_R, topk_ids_TK, topk_weights_TK)
@@ -186,11 +190,11 @@ _ExpertMLP = expert_function(
 )
 
 
-def _call(x_TD: Tensor, *args: Any) -> Tensor:
+def _call(num_rows: int | None, x_TD: Tensor, *args: Any) -> Tensor:
     may_resize = x_TD.device.type == "cpu" and not torch.compiler.is_compiling()
     if torch.is_grad_enabled():
-        return _ExpertMLP.apply(x_TD, *args, True, may_resize)[0]
-    return _expert_mlp(x_TD, *args, False, may_resize)[0]
+        return _ExpertMLP.apply(x_TD, *args, True, may_resize, num_rows)[0]
+    return _expert_mlp(x_TD, *args, False, may_resize, num_rows)[0]
 
 
 def expert_mlp_grouped(
@@ -202,8 +206,10 @@ def expert_mlp_grouped(
     gate_up_bias: Tensor | None,
     down_bias: Tensor | None,
     activation: str,
+    num_rows: int | None = None,
 ) -> Tensor:
     """See `dmoe.ops.expert_mlp`. fp32, bf16 and fp16. A second derivative is a RuntimeError."""
     return with_aligned_widths(
-        _call, x_TD, topk_ids_TK, topk_weights_TK, gate_up_proj, down_proj, gate_up_bias, down_bias, activation
+        partial(_call, num_rows),
+        x_TD, topk_ids_TK, topk_weights_TK, gate_up_proj, down_proj, gate_up_bias, down_bias, activation,
     )  # fmt: skip

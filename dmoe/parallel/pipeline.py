@@ -13,6 +13,7 @@ from torch.distributed.pipelining.schedules import get_schedule_class
 
 from dmoe.config import V_SCHEDULES, ModelConfig, ParallelConfig, TrainConfig
 from dmoe.models import Decoder
+from dmoe.ops.regions import region
 from dmoe.parallel.grad_norm import local_gradients
 from dmoe.parallel.loss import LossFunction
 from dmoe.parallel.mesh import ParallelMesh
@@ -73,6 +74,22 @@ def _cut(model: Decoder, layers: range, *, first: bool, last: bool) -> Decoder:
     return model
 
 
+class _Stage(PipelineStage):
+    """Names the regions of a step. Between them a stage waits for its neighbours."""
+
+    def forward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
+        with region("forward"):
+            return super().forward_one_chunk(*args, **kwargs)
+
+    def backward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
+        with region("backward"):
+            return super().backward_one_chunk(*args, **kwargs)
+
+    def backward_weight_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
+        with region("backward"):
+            return super().backward_weight_one_chunk(*args, **kwargs)
+
+
 class Pipeline:
     """Runs the parts of this rank forward and backward over the micro-batches of a step."""
 
@@ -93,7 +110,7 @@ class Pipeline:
         outlines = [_outlines(part, mesh, train, autocast) for part in parts]
         self.part_of_stage = {i: (part, outline[0]) for i, part, outline in zip(numbers, parts, outlines)}
         self.stages = [
-            PipelineStage(part, i, num_stages, device, *outline, group=group)
+            _Stage(part, i, num_stages, device, *outline, group=group)
             for i, part, outline in zip(numbers, parts, outlines)
         ]
         schedule: Any = get_schedule_class(_SCHEDULES[config.schedule])
@@ -106,7 +123,8 @@ class Pipeline:
         self._tied_pair = _tied_pair(mesh) if parts[0].config.tie_embeddings else None
 
     def _scaled_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return self._loss(logits, targets) / self._scale
+        with region("forward"):
+            return self._loss(logits, targets) / self._scale
 
     def step(
         self, inputs_BS: Tensor, targets_BS: Tensor, num_targets: Tensor | float, mask_BS: Tensor | None = None

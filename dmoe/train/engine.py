@@ -19,6 +19,7 @@ from dmoe.data import gather_windows
 from dmoe.lora import load_base, make_trainable
 from dmoe.models import Decoder
 from dmoe.moe import LoadBalancer, LoadSummary, Recorder, set_aux_loss_scale
+from dmoe.ops.regions import region
 from dmoe.parallel import ParallelMesh, Pipeline, loss_function, parallelize
 from dmoe.parallel.context import local_positions
 from dmoe.parallel.fsdp import sum_over_replicas
@@ -111,8 +112,10 @@ class Engine:
         for i, micro_batch in enumerate(micro_batches):
             if self.mesh is not None and self.mesh.config.dp_replicate > 1:
                 sum_over_replicas(self.parts[0], i == len(micro_batches) - 1)
-            loss = self.micro_loss(micro_batch) / num_targets
-            loss.backward()
+            with region("forward"):
+                loss = self.micro_loss(micro_batch) / num_targets
+            with region("backward"):
+                loss.backward()
             total += loss.detach()
             self.recorders[0].update()
         return total

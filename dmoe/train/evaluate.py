@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dmoe.data import Dataset, sequential_windows
+from dmoe.ops.regions import region
 from dmoe.train.engine import Engine
 
 
@@ -44,7 +45,8 @@ def evaluate(engine: Engine, data: Dataset, *, max_batches: int | None = None) -
         # Windows without targets fill the last batch up, for ranks that would have nothing and stages of fixed shape.
         padded = batch + [(0, 0)] * (size - len(batch)) if engine.mesh is not None else batch
         starts, lengths = np.array(padded).T
-        nats += engine.evaluate(engine.batch(tokens, starts, lengths)).item()
+        with region("forward"):
+            nats += engine.evaluate(engine.batch(tokens, starts, lengths)).item()
         for start, length in batch:
             num_tokens += length
             num_bytes += int(token_bytes[tokens[start + 1 : start + length + 1]].sum())

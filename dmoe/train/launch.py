@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from dmoe.config import ParallelConfig, RunConfig
 from dmoe.errors import DmoeError, RunError
+from dmoe.observe.hang.collectives import enable_recorder
 from dmoe.ops.collectives import leave_process_group
 from dmoe.parallel import ParallelMesh, build_mesh, check_model, init_process_group, resolve
 from dmoe.train import failures, meeting
@@ -43,6 +44,7 @@ def join_ranks(config: RunConfig) -> Iterator[tuple[torch.device, ParallelMesh |
     check_model(layout, config.model, config.train)
     device = rank_device(config.train.device, int(os.environ.get("LOCAL_RANK", "0")))
     if not joined:
+        enable_recorder()
         _join(config.parallel, device)
     failures.forget()
     try:

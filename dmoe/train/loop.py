@@ -2,6 +2,7 @@
 
     run_dir/config.yaml, model.json, tokenizer.json     what was run
     run_dir/metrics.jsonl, tensorboard/                  how it went
+    run_dir/routing/                                     where held-out tokens went, at each validation
     run_dir/checkpoints/                                 where it got to
     run_dir/.lock                                        held while a process trains in it
 
@@ -12,10 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
-import shutil
 import signal
 import time
 from dataclasses import dataclass, field
@@ -35,19 +34,25 @@ from dmoe.checkpoint import (
     save_checkpoint,
     training_state,
 )
-from dmoe.checkpoint.formats.extra_files import keep_extra_files
-from dmoe.config import RunConfig, config_to_yaml, require
+from dmoe.config import RunConfig, require
 from dmoe.data import Dataset, WindowSampler, prepare
 from dmoe.errors import ConfigError, RunError
 from dmoe.lora import check_trainable, count_trainable
 from dmoe.lora.state import adapters_only, check_base, describe_base
 from dmoe.models import count_parameters
+from dmoe.observe.hang import HangWatch
+from dmoe.ops.regions import region
 from dmoe.train.device import memory_gib, peak_tflops
 from dmoe.train.engine import Engine, build_engine
 from dmoe.train.evaluate import EvalResult, evaluate
+from dmoe.train.imbalance import ImbalanceCost
 from dmoe.train.launch import join_ranks, name_missing_ranks
 from dmoe.train.metrics import MetricsLogger, SilentLogger, load_fields
+from dmoe.train.nonfinite import NonFiniteExplainer
+from dmoe.train.observers import Observers
 from dmoe.train.optim import apply_options, build_optimizer, learning_rate
+from dmoe.train.routing_probe import RoutingProbe
+from dmoe.train.run_files import describe_run
 from dmoe.train.run_lock import RunLock
 from dmoe.train.signals import StopRequest
 from dmoe.train.step import StepResult, training_step
@@ -100,8 +105,9 @@ def train(config: RunConfig, *, resume: bool = False) -> TrainResult:
         ConfigError: the configuration does not fit the corpus, the device, the ranks or the run directory.
         RunError: the disk refuses, every checkpoint is damaged, or too many steps in a row were not finite.
     """
-    with join_ranks(config) as (device, mesh), RunLock() as lock:
+    with join_ranks(config) as (device, mesh), RunLock() as lock, contextlib.ExitStack() as stack:
         run_dir = ranks.on_main(lambda: _choose_run_dir(config, resume=resume))
+        hang_watch = stack.enter_context(HangWatch(config.profiling, run_dir))
         config = dataclasses.replace(config, run_dir=str(run_dir))
         check_trainable(config.model, config.train)
         if resume:
@@ -124,10 +130,11 @@ def train(config: RunConfig, *, resume: bool = False) -> TrainResult:
         apply_options(optimizer, config.optim)
         ranks.on_main(lambda: lock.acquire(run_dir))
         # After restoring: a configuration that does not fit the checkpoint must not replace the one that does.
-        ranks.on_main(lambda: _describe_run(config, data))
+        ranks.on_main(lambda: describe_run(config, data.folder))
 
         loop = _Loop(config, run_dir, data, engine, optimizer, progress, base)
-        with _open_log(config, run_dir, progress) as log, loop.saver:
+        loop.observers.add(hang_watch)
+        with _open_log(config, run_dir, progress) as log, loop.saver, loop.observers:
             log.console.print(_headline(config, data, device))
             for message in messages:
                 log.write({"kind": "event", "step": progress.step, "message": message})
@@ -151,6 +158,10 @@ class _Loop:
         self.config, self.run_dir, self.data = config, run_dir, data
         self.engine, self.optimizer, self.progress, self.base = engine, optimizer, progress, base
         self.sampler = WindowSampler(len(data.train.tokens), config.train.seq_len, config.train.seed)
+        self.observers = Observers(config, run_dir, engine, optimizer)
+        self.probe = RoutingProbe(config, run_dir, data, engine, progress.step)
+        self.imbalance_cost = ImbalanceCost(config, run_dir)
+        self.non_finite = NonFiniteExplainer(engine, config.profiling)
         self.window = _Window()
         self.stop_asked = False
         self.flops_per_token = count_parameters(config.model, config.train.seq_len)["flops_per_token"]
@@ -163,7 +174,8 @@ class _Loop:
         train, progress = self.config.train, self.progress
         saved_step = progress.step
         while progress.step < train.steps and not self.stop_asked:
-            self.step(stop)
+            with self.observers.step(progress.step + 1):
+                self.step(log, stop)
             done = progress.step == train.steps
             log.console.advance(progress.step, self.window.losses[-1] if self.window.losses else float("nan"))
             if progress.step % train.log_every == 0 or done:
@@ -192,14 +204,16 @@ class _Loop:
             log.write({"kind": "event", "step": progress.step, "message": message})
         return TrainResult(self.run_dir, progress.step, stopped_by, evaluation, self.data.zlib_bits_per_byte)
 
-    def step(self, stop: StopRequest) -> StepResult:
+    def step(self, log: MetricsLogger | SilentLogger, stop: StopRequest) -> StepResult:
         """One optimiser step, or a skipped one."""
         config, progress = self.config, self.progress
         start = time.perf_counter()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(progress.step, config.train.steps, config.optim)
-        starts = self.sampler.window_starts(progress.step, config.train.batch_size)
-        batch = self.engine.batch(self.data.train.tokens, starts)
+        with region("data"):
+            starts = self.sampler.window_starts(progress.step, config.train.batch_size)
+            batch = self.engine.batch(self.data.train.tokens, starts)
+        self.non_finite.remember()
         # All ranks must stop after the same step, so a signal counts from the step that begins after it.
         result = training_step(self.engine, self.optimizer, batch, config.optim, stop=stop.signum is not None)
         self.stop_asked = result.stop
@@ -210,6 +224,7 @@ class _Loop:
         else:
             progress.skipped_steps += 1
             progress.skipped_in_a_row += 1
+            self.non_finite.explain(batch, lambda m: log.write({"kind": "event", "step": progress.step, "message": m}))
         self.window.grad_norm = result.grad_norm
         seconds = time.perf_counter() - start
         self.window.seconds += seconds
@@ -243,7 +258,7 @@ class _Loop:
                 "memory_gib": self.peak_memory_gib(),
                 "skipped_steps": progress.skipped_steps,
                 "elapsed_seconds": progress.elapsed_seconds,
-                **load_fields(self.engine.load_summaries()),
+                **load_fields(self.engine.load_summaries(), self.imbalance_cost),
             }
         )
         self.engine.reset_statistics()
@@ -259,6 +274,8 @@ class _Loop:
     def log_evaluation(self, log: MetricsLogger | SilentLogger, result: EvalResult) -> None:
         record = {"kind": "eval", "step": self.progress.step, **dataclasses.asdict(result)}
         log.write(record | {"zlib_bits_per_byte": self.data.zlib_bits_per_byte})
+        if math.isfinite(result.loss):
+            log.write_routing(self.probe.save(self.progress.step))
 
     def save(self) -> None:
         """A checkpoint of this step; of adapters alone if there are any."""
@@ -347,31 +364,6 @@ def _choose_run_dir(config: RunConfig, *, resume: bool) -> Path:
     if not resume and ((run_dir / "config.yaml").exists() or find_checkpoints(run_dir)):
         raise ConfigError(f"run_dir is {str(run_dir)!r}: must not hold a run already; --resume continues it")
     return run_dir
-
-
-def _describe_run(config: RunConfig, data: Dataset) -> None:
-    """Make the run directory and write what is run into it."""
-    run_dir = Path(config.run_dir)
-    counts = count_parameters(config.model, config.train.seq_len)
-    counts["num_trained_params"] = count_trainable(config.model, config.train)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        _write(run_dir / "config.yaml", config_to_yaml(config))
-        _write(run_dir / "model.json", json.dumps(counts, indent=1))
-        temporary = run_dir / ".tokenizer.json.tmp"
-        shutil.copyfile(data.folder / "tokenizer.json", temporary)
-        os.replace(temporary, run_dir / "tokenizer.json")
-        base = Path(config.train.init_from)
-        if config.train.init_from and base.is_dir():  # a run that is continued has them already
-            keep_extra_files(base, run_dir)
-    except OSError as error:
-        raise RunError(f"run_dir {str(run_dir)!r}: {error.strerror}") from error
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _headline(config: RunConfig, data: Dataset, device: torch.device) -> str:

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from dmoe.moe import LoadSummary
 from dmoe.observe.metrics_log import MetricsWriter
-
-# Scalars of a "train" record that TensorBoard gets, under "train/".
-_SCALARS = (
-    "loss", "aux_loss", "z_loss", "lr", "grad_norm", "tokens_per_second", "step_seconds", "model_tflops", "mfu",
-    "memory_gib", "skipped_steps",
-)  # fmt: skip
+from dmoe.observe.routing import RoutingSummary
+from dmoe.train.board import Board
 
 
-def load_fields(summaries: dict[str, LoadSummary]) -> dict[str, Any]:
+def load_fields(summaries: dict[str, LoadSummary], cost: Callable[[float], float] | None = None) -> dict[str, Any]:
     """The part of a "train" record that describes the experts; empty for a dense model.
 
-    "dropped", if there was any, is the share of each layer's picks that went to no expert.
+    "dropped", if there was any, is the share of each layer's picks that went to no expert. With expert parallelism
+    "rank_load" is the share of each layer's picks on each of its ranks; "ep_imbalance" the load of the busiest rank
+    over the mean, mean over forwards and layers; and "ep_imbalance_cost" what `cost` makes of it.
     """
     layers = list(summaries.values())
     if not layers:
@@ -31,11 +29,17 @@ def load_fields(summaries: dict[str, LoadSummary]) -> dict[str, Any]:
         "moe_layers": [int(name.split(".")[1]) for name in summaries],
         "expert_load": [[round(share, 5) for share in s.load] for s in layers],
         "router_entropy": [s.router_entropy for s in layers],
+        "router_confidence": [s.confidence for s in layers],
         "max_over_mean": [s.max_over_mean for s in layers],
         "dead_experts": [s.dead_experts for s in layers],
     }
     if any(s.dropped for s in layers):
         fields["dropped"] = [s.dropped / max(sum(s.tokens_per_expert), 1) for s in layers]
+    if layers[0].rank_load:
+        fields["rank_load"] = [[round(share, 5) for share in s.rank_load] for s in layers]
+        fields["ep_imbalance"] = imbalance = sum(s.rank_max_over_mean for s in layers) / len(layers)
+        if cost is not None:
+            fields["ep_imbalance_cost"] = cost(imbalance)
     return fields
 
 
@@ -54,6 +58,8 @@ def format_line(record: dict[str, Any], total_steps: int) -> str:
     line += f"  {record['tokens_per_second']:,.0f} tokens/s  MFU {record['mfu']:.0%}"
     if "max_over_mean" in record:
         line += f"  aux {record['aux_loss']:.3f}  busiest expert {max(record['max_over_mean']):.2f}x"
+    if "ep_imbalance" in record:
+        line += f"  busiest rank {record['ep_imbalance']:.2f}x"
     if "dropped" in record:
         line += f"  dropped {sum(record['dropped']) / len(record['dropped']):.1%}"
     return line
@@ -98,6 +104,9 @@ class SilentLogger:
     def write(self, record: dict[str, Any]) -> None:
         """Does nothing."""
 
+    def write_routing(self, summary: RoutingSummary | None) -> None:
+        """Does nothing."""
+
     def advance(self, step: int, loss: float) -> None:
         """Does nothing."""
 
@@ -117,37 +126,19 @@ class MetricsLogger:
     def __init__(self, run_dir: Path, total_steps: int, start_step: int, *, tensorboard: bool) -> None:
         self._total = total_steps
         self._file = MetricsWriter(run_dir / "metrics.jsonl")
-        self._board: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            # purge_step hides what a run that is resumed had logged after its checkpoint
-            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+        self._board = Board(run_dir / "tensorboard", start_step) if tensorboard else None
         self.console = Console(total_steps, start_step)
 
     def write(self, record: dict[str, Any]) -> None:
         self._file.write(record)
         self.console.print(format_line(record, self._total))
         if self._board is not None:
-            self._write_board(record)
+            self._board.write(record)
 
-    def _write_board(self, record: dict[str, Any]) -> None:
-        step, kind = record["step"], record["kind"]
-        if kind == "eval":
-            self._board.add_scalar("eval/loss", record["loss"], step)
-            self._board.add_scalar("eval/bits_per_byte", record["bits_per_byte"], step)
-        if kind != "train":
-            return
-        for name in _SCALARS:
-            if name in record and math.isfinite(record[name]):
-                self._board.add_scalar(f"train/{name}", record[name], step)
-        for i, layer in enumerate(record.get("moe_layers", [])):
-            for name in ("max_over_mean", "router_entropy", "dead_experts", "dropped"):
-                if name not in record:
-                    continue
-                self._board.add_scalar(f"experts/{name}/layer_{layer}", record[name][i], step)
-            for expert, share in enumerate(record["expert_load"][i]):
-                self._board.add_scalar(f"expert_load/layer_{layer}/expert_{expert}", share, step)
+    def write_routing(self, summary: RoutingSummary | None) -> None:
+        """How a piece of text is routed, to TensorBoard alone: it has a file of its own."""
+        if self._board is not None and summary is not None:
+            self._board.write_routing(summary)
 
     def __enter__(self) -> MetricsLogger:
         return self

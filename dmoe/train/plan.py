@@ -9,6 +9,7 @@ micro-batches few are run, since what each adds is the same: sums are continued 
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import os
 import warnings
@@ -25,15 +26,18 @@ from dmoe.config import V_SCHEDULES, ParallelConfig, RunConfig, require
 from dmoe.lora import check_trainable, make_trainable
 from dmoe.moe import moe_layers
 from dmoe.moe.dispatch import AllToAllDispatcher
+from dmoe.moe.dispatch_tokens import TokenDispatcher
 from dmoe.moe.router import Routing
 from dmoe.moe.sharded import local
-from dmoe.ops import grouped
+from dmoe.observe.memory.account import account_of, following_step
+from dmoe.observe.memory.accounting import MemoryTimeline
+from dmoe.observe.memory.categories import ACTIVATIONS, CAST, EXCHANGE, LOGITS, WORKSPACES
 from dmoe.parallel import ParallelMesh, build_mesh, check_model, parallelize, resolve
-from dmoe.parallel.memory import ACTIVATIONS, EXCHANGE, GRADIENTS, LOGITS, OPTIMIZER, WEIGHTS, MemoryTimeline
 from dmoe.parallel.traffic import TrafficCounter
 from dmoe.train.device import autocast
 from dmoe.train.engine import Batch, Engine
 from dmoe.train.optim import build_optimizer
+from dmoe.train.plan_operators import CUDA_WORKSPACES, as_on, operators
 from dmoe.train.step import training_step
 
 _ALL_FORWARDS_FIRST = ("gpipe", "looped_bfs")
@@ -211,54 +215,50 @@ def _measure(
     """One training step of `micro_batches`, after one that made the optimiser's state."""
     train = replace(config.train, batch_size=micro_batches * config.train.micro_batch_size)
     device = torch.device("cpu")
+    on_cpu = config.train.device == "cpu"
     expert_dtype = torch.bfloat16 if autocast(train, device)._enabled else None
     parts = parallelize(config.model, mesh, train, expert_dtype=expert_dtype)
     counter = TrafficCounter(mesh)
     sequences, tokens = train.micro_batch_size // mesh.dp_size, train.seq_len // config.parallel.cp
-    width = _logits_width(config, mesh)
+    width = logits_width(config.model.vocab_size, mesh)
     timeline = MemoryTimeline(
-        logits_width=width, logits_numel=sequences * tokens * width, expand=_EXPANDED, on_call=counter.count
-    )
+        logits_width=width, logits_numel=sequences * tokens * width, on_call=counter.count,
+        expand=operators(config.train.device, expert_dtype is not None), rounding=1 if on_cpu else 512,
+    )  # fmt: skip
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with _blocks_of(config.train.device), fake, timeline:
+    with as_on(config.train.device), fake, timeline:
         for part in parts:
             part.to_empty(device=device)
         make_trainable(parts, train, mesh)
         engine = Engine(parts, train, device, mesh)
         for part in parts:
             for layer in moe_layers(part).values():
-                if isinstance(layer.dispatcher, AllToAllDispatcher):
+                if isinstance(layer.dispatcher, (AllToAllDispatcher, TokenDispatcher)):
                     layer.dispatcher = _KnownCounts(layer.dispatcher, worst)
         optimizer = build_optimizer(parts, config.optim)
-        optimizer.register_step_pre_hook(lambda *_: timeline.label(_gradients(engine), GRADIENTS))
         for parameter in engine.parameters:
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         optimizer.zero_grad()
-        timeline.label(engine.parameters, WEIGHTS)
-        timeline.label((t for state in optimizer.state.values() for t in state.values()), OPTIMIZER)
         flights = _count_flights(engine)
         ids = torch.zeros(sequences * micro_batches, tokens, dtype=torch.int64)
         counter.sent.clear()
-        timeline.start()
-        training_step(engine, optimizer, Batch(ids, ids.clone()), config.optim)
-        timeline.label(engine.parameters, WEIGHTS)
-        peak, largest, sent = timeline.at_peak(), timeline.largest(), dict(counter.sent)
+        with following_step(timeline, engine.parameters, optimizer):
+            training_step(engine, optimizer, Batch(ids, ids.clone()), config.optim)
+        account, sent = account_of(timeline), dict(counter.sent)
         kept = _activations(engine, timeline, ids[:sequences]) if activations else {}
-    return _Measurement(_parameters(engine), peak, largest, sent, kept, flights[1] if engine.pipeline else 1)
+    peak = account.categories | ({} if on_cpu else {WORKSPACES: CUDA_WORKSPACES})
+    in_flight = flights[1] if engine.pipeline else 1
+    return _Measurement(_parameters(engine), peak, account.largest, sent, kept, in_flight)
 
 
-def _logits_width(config: RunConfig, mesh: ParallelMesh) -> int:
+def logits_width(vocab_size: int, mesh: ParallelMesh | None) -> int:
     """Columns of the logits on this rank."""
-    size, tp = config.model.vocab_size, config.parallel.tp
-    if tp == 1 or not config.parallel.loss_parallel:
-        return size
-    part = -(-size // tp)
-    return max(0, min(part, size - part * mesh.dense.get_local_rank("tp")))
-
-
-def _gradients(engine: Engine) -> list[Tensor]:
-    return [p.grad for p in engine.parameters if p.grad is not None]
+    tp = 1 if mesh is None or not mesh.config.loss_parallel else mesh.config.tp
+    if mesh is None or tp == 1:
+        return vocab_size
+    part = -(-vocab_size // tp)
+    return max(0, min(part, vocab_size - part * mesh.dense.get_local_rank("tp")))
 
 
 def _parameters(engine: Engine) -> dict[str, int]:
@@ -283,7 +283,7 @@ def _activations(engine: Engine, timeline: MemoryTimeline, ids: Tensor) -> dict[
                 # The logits are not kept: the loss saves what it needs of them.
                 loss = engine.loss(part(x), ids) if part.is_last else part(x)
             sizes = timeline.at_present(since=start)
-            kept[key] += sum(sizes[c] for c in (ACTIVATIONS, LOGITS, EXCHANGE))
+            kept[key] += sum(sizes[c] for c in (ACTIVATIONS, CAST, LOGITS, EXCHANGE))
             loss.sum().backward()  # leaves everything as it was
         part.activation_checkpointing = engine.train.activation_checkpointing
     return kept
@@ -324,7 +324,7 @@ class _KnownCounts:
     """An all-to-all dispatcher whose counts, which a fake tensor does not have, are given: all alike, or, in the worst
     case, every token of every rank of the group picks as many of this rank's experts as it can."""
 
-    def __init__(self, dispatcher: AllToAllDispatcher, worst: bool) -> None:
+    def __init__(self, dispatcher: AllToAllDispatcher | TokenDispatcher, worst: bool) -> None:
         self._dispatcher, self._worst = dispatcher, worst
 
     def __call__(self, x_TD: Tensor, routing: Routing, experts: Any, shared: Any) -> Tensor:
@@ -333,7 +333,9 @@ class _KnownCounts:
         blocks = self._blocks(num_tokens, top_k, group.size(), group.rank())
 
         def tolist(counts: Tensor) -> list[list[int]]:
-            if counts.shape[0] == 2 != group.size() or not self._dispatcher.max_rows:
+            if isinstance(self._dispatcher, TokenDispatcher) and top_k > 1:
+                return self._tokens_and_picks(num_tokens, top_k, blocks)
+            if counts.shape[0] == 2 != group.size() or not getattr(self._dispatcher, "max_rows", 0):
                 return [blocks[group.rank()], [row[group.rank()] for row in blocks]]
             return blocks
 
@@ -353,37 +355,21 @@ class _KnownCounts:
         elsewhere = _split(rows - here, size - 1)
         return [[*elsewhere[:rank], here, *elsewhere[rank:]] for _ in range(size)]
 
+    def _tokens_and_picks(self, num_tokens: int, top_k: int, blocks: list[list[int]]) -> list[list[int]]:
+        """Tokens to each rank, tokens from each, and their picks here."""
+        size, rank, num_experts = len(blocks), self._dispatcher.group.rank(), self._dispatcher.num_experts
+        num_local = num_experts // size
+        picks = [row[rank] for row in blocks]
+        if self._worst:
+            others = min(num_tokens, blocks[rank][rank - 1])  # of the picks that are left, as many tokens as can be
+            send = [num_tokens if r == rank else others for r in range(size)]
+            return [send, [num_tokens if n else 0 for n in picks], picks]
+        # A token whose picks are any top_k of the experts has one on a rank with this probability.
+        share = 1 - math.comb(num_experts - num_local, top_k) / math.comb(num_experts, top_k)
+        return [[round(num_tokens * share)] * size, [round(num_tokens * share)] * size, picks]
+
 
 def _split(rows: int, parts: int, shift: int = 0) -> list[int]:
     """As even as can be; who gets one more starts at `shift`."""
     base, extra = divmod(rows, parts)
     return [base + ((i - shift) % parts < extra) for i in range(parts)]
-
-
-def _expert_mlp(*args: Any) -> Any:
-    return grouped._expert_mlp._init_fn(*args[:-1], False)  # without padding, whose size depends on values
-
-
-def _grouped_mm(left: Tensor, right: Tensor, offs: Tensor, *_: Any) -> Tensor:
-    """Its shape; torch's own says so for bf16 alone."""
-    if right.dim() == 3:
-        return left.new_empty(left.shape[0], right.shape[2])
-    return left.new_empty(offs.shape[0], left.shape[0], right.shape[1])
-
-
-_EXPANDED = {
-    torch.ops.aten._grouped_mm.default: _grouped_mm,
-    torch.ops.dmoe.expert_mlp.default: _expert_mlp,
-    torch.ops.dmoe.expert_mlp_backward.default: grouped._expert_mlp_backward._init_fn,
-}
-
-
-@contextlib.contextmanager
-def _blocks_of(device: str) -> Iterator[None]:
-    """Elements of an activation that are computed at once: as on the CPU, or all as on a GPU."""
-    original = grouped._CPU_BLOCK
-    grouped._CPU_BLOCK = original if device == "cpu" else 2**62
-    try:
-        yield
-    finally:
-        grouped._CPU_BLOCK = original

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from dmoe.config import OptimConfig
+from dmoe.ops.regions import region
 from dmoe.parallel.grad_norm import local_gradients, scale_gradients, squared_norm_share
 from dmoe.train.engine import Batch, Engine
 
@@ -42,13 +43,15 @@ def training_step(
     squared = squared_norm_share(gradients, engine.mesh, skip=engine.second_copy)
     # One reduction and one wait for the device: loss, norm, and the wish to stop.
     shares = torch.stack([loss / engine.copies, squared.to(loss.device), torch.full_like(loss, float(stop))])
-    total, squared_norm, num_stops = engine.sum_over_ranks(shares).tolist()
+    with region("sync"):
+        total, squared_norm, num_stops = engine.sum_over_ranks(shares).tolist()
     result = StepResult(total, math.sqrt(squared_norm), num_stops > 0)
     if result.finite:
-        if config.clip_norm and result.grad_norm > config.clip_norm:
-            scale_gradients(gradients, config.clip_norm / (result.grad_norm + 1e-6))
-        optimizer.step()
-        engine.balancer.step()
+        with region("optimizer"):
+            if config.clip_norm and result.grad_norm > config.clip_norm:
+                scale_gradients(gradients, config.clip_norm / (result.grad_norm + 1e-6))
+            optimizer.step()
+            engine.balancer.step()
     else:
         engine.balancer.discard()
     optimizer.zero_grad()

@@ -3,7 +3,6 @@
 import os
 import resource
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
@@ -121,11 +120,12 @@ def killed(run: Path, mesh: object, saver: AsyncSaver) -> None:
     saver.save(run, 5, make(mesh, 5.0))
     while not list((run / "checkpoints").glob(".tmp-step-00000005-*/.metadata")):
         time.sleep(0.01)
+    (run / f"killed{dist.get_rank()}").touch()
     dist.barrier()
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def main(rank: int, run: Path) -> None:
+def rank_main(rank: int, run: Path) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(str(run / "store"), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
@@ -134,7 +134,3 @@ def main(rank: int, run: Path) -> None:
         training_goes_on(run, mesh, saver)
         failures(run, mesh, saver)
         killed(run, mesh, saver)
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))

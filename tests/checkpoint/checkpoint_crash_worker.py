@@ -1,4 +1,4 @@
-"""Process of test_checkpoint_crash.py: forks writers that die, and checks what they leave. Exits 0 if all is well."""
+"""Process of test_checkpoint_crash.py: forks writers that die, and checks what they leave."""
 
 import os
 import random
@@ -137,5 +137,8 @@ def full_disk(run: Path) -> None:
     assert check(run, 400, 2) == 2
 
 
-if __name__ == "__main__":
-    {"random": killed_at_random, "every": killed_at_every_call, "full": full_disk}[sys.argv[1]](Path(sys.argv[2]))
+CASES = {"random": killed_at_random, "every": killed_at_every_call, "full": full_disk}
+
+
+def process_main(rank: int, case: str, run: Path) -> None:
+    CASES[case](run)

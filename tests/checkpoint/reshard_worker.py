@@ -1,7 +1,6 @@
 """A rank of test_checkpoint_reshard.py: saves on 4 ranks in each layout, then loads on 4, 2 and 1 in each layout."""
 
 import copy
-import sys
 from pathlib import Path
 
 import pytest
@@ -210,7 +209,7 @@ def check_message(message: str, name: str) -> None:
     assert f"{name} is altered" in message, message
 
 
-def main(rank: int, folder: Path) -> None:
+def rank_main(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     for size in (4, 2, 1):
         if rank >= size:
@@ -226,7 +225,3 @@ def main(rank: int, folder: Path) -> None:
         if size > 1:
             dist.barrier()
             leave_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -2,27 +2,24 @@
 
 import errno
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_ranks
+
+sys.path.insert(0, str(Path(__file__).parent))
+import checkpoint_crash_worker
 
 from dmoe.checkpoint import find_checkpoints, save_checkpoint
 from dmoe.errors import RunError
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-@pytest.mark.parametrize("case", ["random", "every", "full"])
+@pytest.mark.parametrize("case", checkpoint_crash_worker.CASES)
 def test_crash(tmp_path, case):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    worker = Path(__file__).with_name("checkpoint_crash_worker.py")
-    command = [sys.executable, str(worker), case, str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_ranks(checkpoint_crash_worker.process_main, (case, tmp_path), 1)
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EIO])

@@ -1,14 +1,13 @@
 """Two gloo ranks save and load together; what they wrote also loads in one process."""
 
-import multiprocessing
 import os
 import random
 import resource
-import traceback
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_ranks
 
 from dmoe.checkpoint import capture_rng, find_checkpoints, load_checkpoint, load_latest, restore_rng, save_checkpoint
 from dmoe.errors import ConfigError, RunError
@@ -17,16 +16,12 @@ from dmoe.ops.collectives import leave_process_group
 FULL = torch.arange(12.0).reshape(6, 2)
 
 
-def rank_main(rank: int, run: Path, results: "multiprocessing.Queue[tuple[int, str]]") -> None:
-    try:
-        os.environ.update(RANK=str(rank), WORLD_SIZE="2")
-        store = torch.distributed.FileStore(str(run / "store"), 2)
-        torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-        work(rank, run)
-        leave_process_group()
-        results.put((rank, ""))
-    except BaseException:
-        results.put((rank, traceback.format_exc()))
+def rank_main(rank: int, run: Path) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2")
+    store = torch.distributed.FileStore(str(run / "store"), 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    work(rank, run)
+    leave_process_group()
 
 
 def work(rank: int, run: Path) -> None:
@@ -85,19 +80,7 @@ def work(rank: int, run: Path) -> None:
 
 
 def test_two_ranks(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    processes = [context.Process(target=rank_main, args=(rank, tmp_path, results)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    try:
-        for _ in processes:
-            rank, error = results.get(timeout=240)
-            assert not error, f"rank {rank}: {error}"
-    finally:
-        for process in processes:
-            process.join(timeout=5)
-            process.kill()
+    run_ranks(rank_main, (tmp_path,), 2)
 
     # Resharded: one process, plain tensors, and fewer random states than were saved.
     state = {"model": {"w": torch.zeros(6, 2), "b": torch.zeros(2)}, "rng": capture_rng()}

@@ -1,30 +1,21 @@
 """What one layout saved, another loads, bit for bit. The work is in reshard_worker.py, on 4 ranks, then 2, then 1."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_ranks
+
+sys.path.insert(0, str(Path(__file__).parent))
+import reshard_worker
 
 from dmoe.checkpoint.stored_form import stored_form
 from dmoe.errors import ConfigError
 
-ROOT = Path(__file__).parents[2]
-
 
 def test_every_layout_to_every_other(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    worker = Path(__file__).with_name("reshard_worker.py")
-    commands = [[sys.executable, str(worker), str(rank), str(tmp_path)] for rank in range(4)]
-    ranks = [subprocess.Popen(c, env=environment, stderr=subprocess.PIPE, text=True) for c in commands]
-    try:
-        errors = [process.communicate(timeout=240)[1] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert [process.returncode for process in ranks] == [0] * 4, "\n\n".join(text[-2000:] for text in errors)
+    run_ranks(reshard_worker.rank_main, (tmp_path,), 4)
 
 
 def test_stored_form_of_plain_tensors():

@@ -261,7 +261,9 @@ class Evil:
         return (setattr, (Evil, "ran", True))
 
 
-def test_foreign_objects_are_not_loaded(tmp_path: Path):
+def test_foreign_objects_are_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    # As Megatron-core does when it is imported.
+    monkeypatch.setattr(torch._weights_only_unpickler, "_marked_safe_globals_set", {np.dtype, np.ndarray})
     generator = np.random.default_rng(0)
     state = {
         "args": argparse.Namespace(a=1, path=Path("/x"), kind=Kind.a, dtype=torch.bfloat16, evil=Evil(), name="n"),
@@ -272,6 +274,7 @@ def test_foreign_objects_are_not_loaded(tmp_path: Path):
     torch.save(state, tmp_path / "x.pt")
     loaded = torch_files.load(tmp_path / "x.pt")
     assert not Evil.ran
+    assert set(torch.serialization.get_safe_globals()) == {np.dtype, np.ndarray}
     assert torch_files.plain(loaded["args"]) == {"a": 1, "dtype": torch.bfloat16, "name": "n"}
     assert torch.equal(loaded["model"]["w"], torch.arange(3.0))
     for content, message in ((b"", "not a zip file|cannot be read"), (pickle.dumps(state), "not a zip file")):

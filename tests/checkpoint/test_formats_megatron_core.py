@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+from ranks import run_ranks
 
 from dmoe.checkpoint.formats import megatron
 
@@ -15,9 +15,8 @@ import formats_megatron_launch
 from formats_megatron_cases import CONFIGS, MemorySource
 
 
-def test_two_ranks_of_megatron_core(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_two_ranks_of_megatron_core(tmp_path: Path):
     pytest.importorskip("megatron.core.package_info", reason="megatron-core is not installed (extra dev)")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     for name, config in CONFIGS.items():
         source = MemorySource(config)
         common = {"norms": "local", "vocab_divisor": 16}
@@ -27,4 +26,4 @@ def test_two_ranks_of_megatron_core(tmp_path: Path, monkeypatch: pytest.MonkeyPa
                 megatron.write(source, tmp_path / f"{name} legacy {kind}", files="legacy", **common, **{kind: 2})
         for norms in ("local", "te"):
             megatron.write(source, tmp_path / f"{name} torch_dist {norms}", norms=norms, vocab_divisor=16)
-    torch.multiprocessing.spawn(formats_megatron_launch.run_rank, (str(tmp_path),), nprocs=2)
+    run_ranks(formats_megatron_launch.run_rank, (str(tmp_path),), 2)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import run_ranks
 
 import dmoe
 from dmoe.checkpoint.dcp_io import read_dcp_metadata
@@ -36,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for case, tied in (("mixtral", False), ("tied", True)):
         (root / case).mkdir()
         write_hf(Weights(replace(MIXTRAL, tie_embeddings=tied)), root / case)
-    torch.multiprocessing.spawn(rank_main, args=(2, str(root)), nprocs=2)
+    run_ranks(rank_main, (2, str(root)), 2)
     return root
 
 

@@ -10,8 +10,8 @@ from typing import Any
 from unittest import mock
 
 import pytest
-import torch
 import torch.nn.functional as F
+from ranks import run_ranks
 
 from dmoe.config import MoEConfig
 from dmoe.errors import ConfigError
@@ -153,6 +153,5 @@ def test_specs(core: Any):
         integration.use_dmoe(TransformerBlockSubmodules(layer_specs=[dense]))
 
 
-def test_two_ranks(core: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    torch.multiprocessing.spawn(megatron_launch.run_rank, (str(tmp_path),), nprocs=2)
+def test_two_ranks(core: Any, tmp_path: Path):
+    run_ranks(megatron_launch.run_rank, (str(tmp_path),), 2)

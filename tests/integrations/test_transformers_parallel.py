@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch.multiprocessing
+from ranks import run_ranks
 
 pytest.importorskip("transformers.distributed.expert_parallel", reason="this transformers has no such interface")
 sys.path.insert(0, str(Path(__file__).parent))
@@ -12,8 +12,7 @@ import transformers_models
 import transformers_worker
 
 
-def test_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_two_ranks(tmp_path: Path) -> None:
     for kind in ("mixtral", "qwen3_moe"):
         transformers_models.build(kind).save_pretrained(tmp_path / kind)
-    torch.multiprocessing.spawn(transformers_worker.rank_main, (2, str(tmp_path)), nprocs=2)
+    run_ranks(transformers_worker.rank_main, (2, str(tmp_path)), 2)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing
+from ranks import run_ranks
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -19,11 +19,10 @@ from dmoe.parallel.mesh import check_model
 
 
 @pytest.mark.timeout(600)
-def test_layouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_layouts(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     torch.save(worker.references(), tmp_path / "references.pt")
-    torch.multiprocessing.spawn(worker.rank_main, (str(tmp_path),), nprocs=2)
+    run_ranks(worker.rank_main, (str(tmp_path),), 2)
     failures = "\n".join((tmp_path / f"failures{rank}").read_text() for rank in range(2)).strip()
     assert not failures, failures
 

@@ -26,7 +26,7 @@ def tokens(count: int) -> torch.Tensor:
 
 
 def numpy_statistics(layer: MoE, x: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Counts [E], and [aux loss, z-loss, entropy]."""
+    """Counts [E], and [aux loss, z-loss, entropy, confidence]."""
     logits = x.double().numpy() @ layer.router.weight.detach().double().numpy().T
     exponent = np.exp(logits)
     probs = exponent / exponent.sum(1, keepdims=True)
@@ -35,7 +35,7 @@ def numpy_statistics(layer: MoE, x: torch.Tensor) -> tuple[np.ndarray, np.ndarra
     aux = layer.config.num_experts * (counts / chosen.size * probs.mean(0)).sum()
     z_loss = (np.log(exponent.sum(1)) ** 2).mean()
     entropy = -np.where(probs > 0, probs * np.log(np.maximum(probs, 1e-300)), 0).sum(1).mean()
-    return counts, np.array([aux, z_loss, entropy])
+    return counts, np.array([aux, z_loss, entropy, probs.max(1).mean()])
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -55,7 +55,8 @@ def test_statistics_against_numpy(training: bool) -> None:
     np.testing.assert_allclose(s.load, counts / 160)
     assert s.max_over_mean == pytest.approx(counts.max() / counts.mean())
     assert s.dead_experts == (counts == 0).sum() >= 1
-    np.testing.assert_allclose([s.aux_loss, s.z_loss, s.router_entropy], scalars, rtol=1e-4)
+    np.testing.assert_allclose([s.aux_loss, s.z_loss, s.router_entropy, s.confidence], scalars, rtol=1e-4)
+    assert (s.rank_load, s.rank_max_over_mean) == ([], 1.0)
 
 
 def test_undecided_and_collapsed_routers() -> None:
@@ -66,6 +67,7 @@ def test_undecided_and_collapsed_routers() -> None:
     layer(tokens(12))
     recorder.update()
     assert recorder.summary()[""].router_entropy == pytest.approx(math.log(6), rel=1e-6)
+    assert recorder.summary()[""].confidence == pytest.approx(1 / 6, rel=1e-6)
     recorder.reset()
     with torch.no_grad():
         layer.router.weight[3, 0] = 100.0
@@ -76,6 +78,34 @@ def test_undecided_and_collapsed_routers() -> None:
     assert (s.max_over_mean, s.dead_experts) == (6.0, 5)
     assert s.router_entropy == pytest.approx(0.0, abs=1e-6)
     assert s.aux_loss == pytest.approx(6.0)
+    assert s.confidence == pytest.approx(1.0)
+
+
+def test_confidence_of_scores_that_do_not_sum_to_one_and_of_padding() -> None:
+    layer = build(score_function="sigmoid", top_k=6)
+    recorder, x = Recorder(layer), tokens(9)
+    mask = torch.arange(9) % 3 != 0
+    layer(x.masked_fill(~mask.unsqueeze(1), math.nan), token_mask=mask)
+    recorder.update()
+    scores = 1 / (1 + np.exp(-(x[mask].double().numpy() @ layer.router.weight.detach().double().numpy().T)))
+    wanted = (scores / scores.sum(1, keepdims=True)).max(1).mean()
+    assert recorder.summary()[""].confidence == pytest.approx(wanted, rel=1e-5)
+
+
+def test_layers_of_different_sizes() -> None:
+    """Each has its own numbers, in the order of the model."""
+    model = nn.Sequential(build(), build(num_experts=8, top_k=3), build())
+    recorder, x = Recorder(model), tokens(30)
+    for _ in range(2):
+        model(x)
+        recorder.update()
+    summary = recorder.summary()
+    assert list(summary) == ["0", "1", "2"]
+    assert [len(s.load) for s in summary.values()] == [6, 8, 6]
+    assert [sum(s.tokens_per_expert) for s in summary.values()] == [120, 180, 120]
+    counts, scalars = numpy_statistics(model[0], x)
+    assert summary["0"].tokens_per_expert == (2 * counts).tolist()
+    np.testing.assert_allclose([summary["0"].aux_loss, summary["0"].confidence], scalars[[0, 3]], rtol=1e-4)
 
 
 def test_reset_and_names() -> None:
@@ -127,7 +157,8 @@ def test_no_tokens() -> None:
     recorder.update()
     s = recorder.summary()[""]
     assert s.tokens_per_expert == [0] * 6
-    assert (s.aux_loss, s.z_loss, s.router_entropy, s.max_over_mean) == (0.0, 0.0, 0.0, 0.0)
+    assert (s.aux_loss, s.z_loss, s.router_entropy, s.confidence, s.max_over_mean) == (0.0, 0.0, 0.0, 0.0, 0.0)
+    assert s.rank_max_over_mean == 1.0
 
 
 def test_recording_keeps_no_graph() -> None:
@@ -136,5 +167,5 @@ def test_recording_keeps_no_graph() -> None:
     layer(tokens(4))
     recorder.update()
     assert layer.stats is not None
-    assert not layer.stats.scalars.requires_grad
-    assert not any(t.requires_grad for t in recorder._scalars.values())
+    assert not layer.stats.flat.requires_grad
+    assert not any(layers._totals_LM.requires_grad for layers in recorder._alike)

@@ -1,5 +1,6 @@
 """test_mesh.py, test_dmoe.py and run_moe_from_scratch.sh as a person starts them."""
 
+import json
 import os
 import subprocess
 import sys
@@ -33,10 +34,26 @@ def test_mesh_layouts_of_two_ranks(tmp_path: Path) -> None:
     for refusal in ("loss refused: loss differs from one process by 2", "grad_norm refused: grad_norm differs"):
         assert result.stdout.count(f"wrong {refusal}") == 2  # on both ranks
     assert len(list(tmp_path.glob("*.png"))) == 5
-    memory = [line for line in result.stdout.splitlines() if line.startswith("rank 0 memory")]
-    weights = [float(line.split("weights ")[1].split(",")[0]) for line in memory]
     # The whole model has 3.67 million fp32 weights: sharded, copied, split; then with experts spread.
+    layouts = ("1x2x1", "2x1x1", "1x1x2_loss_parallel", "1x2x1_ep2", "1x1x2_ep2")
+    accounts = [json.loads((tmp_path / f"mesh_{layout}_small.json").read_text())["ranks"] for layout in layouts]
+    weights = [ranks[0]["categories"]["weights"] / 2**20 for ranks in accounts]
     assert weights == pytest.approx([7.0, 14.0, 7.1, 7.0, 7.1], abs=0.15)
+    split, copied = ([held_always(rank) for rank in ranks] for ranks in accounts[:2])
+    assert split == pytest.approx([size / 2 for size in copied], rel=0.02)
+    for ranks in accounts:
+        for rank in ranks:
+            assert rank["peak_bytes"] == sum(rank["categories"].values()) == max(size for _, size in rank["curve"])
+    assert all(a["peak_bytes"] < b["peak_bytes"] for a, b in zip(*accounts[:2], strict=True))
+    files = [str(tmp_path / f"mesh_{layout}_small.json") for layout in layouts[:2]]
+    out = tmp_path / "compared.png"
+    subprocess.run([sys.executable, "utils_memory.py", *files, "--out", out], cwd=FOLDER, check=True, timeout=120)
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def held_always(rank: dict) -> int:
+    """What FSDP splits, in bytes."""
+    return sum(rank["largest"][c] for c in ("weights", "gradients", "optimizer state"))
 
 
 def test_mesh_of_eight_ranks(tmp_path: Path) -> None:

@@ -9,13 +9,17 @@ from fake_runs import fake_records, write_run
 from matplotlib.image import imread
 
 from dmoe.errors import ConfigError
-from dmoe.observe import expert_plots, plots
-from dmoe.observe.report import count, duration, last_attempt, training_seconds, write_report
+from dmoe.observe import plots
+from dmoe.observe.report import write_report
+from dmoe.observe.report.figures import count, duration, training_seconds
+from dmoe.observe.report.loads import time_columns
+from dmoe.observe.report.run import last_attempt
 
 pytestmark = pytest.mark.filterwarnings("error")
 
 LEARNING = {"loss", "bits_per_byte", "learning_rate", "grad_norm", "tokens_per_second", "step_time"}
 EXPERTS = {"expert_load", "load_imbalance", "router_entropy", "final_load", "aux_loss", "z_loss"}
+FILES_ONLY = {"expert_load"}  # the page has the same cells as images of its own
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 
 
@@ -31,6 +35,7 @@ class Page(HTMLParser):
         self.cards: dict[str, list[str]] = {}
         self._stack: list[str] = []
         self._card = ""
+        self._of_card = False
         self.feed(text)
         self.close()
         assert not self._stack
@@ -41,7 +46,8 @@ class Page(HTMLParser):
         found = dict(attrs)
         self.ids += [found["id"]] if "id" in found else []
         self._card = found.get("data-card", self._card)
-        if tag == "p" and found.get("class") in ("value", "note"):
+        self._of_card = tag == "p" and found.get("class") in ("value", "note")
+        if self._of_card:
             self.cards.setdefault(self._card, []).append("")
         if tag not in VOID:
             self._stack.append(tag)
@@ -52,17 +58,16 @@ class Page(HTMLParser):
 
     def handle_endtag(self, tag):
         assert self._stack.pop() == tag
+        self._of_card = False
 
     def handle_data(self, data):
         self.text += data
-        if self.cards and self._stack and self._stack[-1] == "p":
-            last = self.cards.get(self._card)
-            if last:
-                last[-1] += data
+        if self._of_card:
+            self.cards[self._card][-1] += data
 
 
-def report(folder):
-    path = write_report(folder)
+def report(folder, png=False):
+    path = write_report(folder, png=png)
     assert path == folder / "report.html"
     text = path.read_text(encoding="utf-8")
     page = Page(text)
@@ -72,12 +77,15 @@ def report(folder):
 
 
 def assert_self_contained(page, text):
-    assert not {"script", "link", "iframe", "object", "img"} & set(page.tags)
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
     assert "http:" not in text
     assert "https:" not in text
     assert "@import" not in text
-    for _, name, value in page.attributes:
-        if name in ("src", "href", "xlink:href", "action", "srcset"):
+    for tag, name, value in page.attributes:
+        if tag == "a" and name == "href":
+            assert not value.startswith(("/", "."))  # a file of the run
+            assert ":" not in value
+        elif name in ("src", "href", "xlink:href", "action", "srcset"):
             assert value.startswith(("#", "data:image/png;base64,"))
     assert len(page.ids) == len(set(page.ids))
     used = re.findall(r"url\(([^)]*)\)", text) + [v for _, n, v in page.attributes if n == "xlink:href" and v[0] == "#"]
@@ -95,9 +103,10 @@ def assert_pictures(folder, names):
 def test_every_section_of_a_moe_run_and_its_numbers(tmp_path):
     records = fake_records(6, 8, 300)
     folder = write_run(tmp_path / "my run", records, steps=300)
-    page = report(folder)
+    page = report(folder, png=True)
     sections = {"figures", "learning", "speed", "experts", "layers", "sample", "reproduce", "config"}
-    assert sections | LEARNING | EXPERTS <= set(page.ids)
+    assert sections | LEARNING | (EXPERTS - FILES_ONLY) <= set(page.ids)
+    assert not FILES_ONLY & set(page.ids)
     assert_pictures(folder, LEARNING | EXPERTS)
     for line in ("my run", "finished, 300 steps", "6 MoE layers", "8 experts, top-2",
                  "12.3 M parameters, 5.10 M active",
@@ -134,7 +143,7 @@ def test_whole_validation_wins_and_worse_than_zlib_is_said(tmp_path):
 
 def test_dense_run_has_no_experts(tmp_path):
     folder = write_run(tmp_path / "run", fake_records(0, steps=200), steps=1000, layers=0)
-    page = report(folder)
+    page = report(folder, png=True)
     assert not EXPERTS & set(page.ids)
     assert {"imbalance", "dead_experts"} & set(page.cards) == set()
     assert "expert" not in page.text.replace("num_experts", "").lower()
@@ -144,18 +153,12 @@ def test_dense_run_has_no_experts(tmp_path):
     assert_pictures(folder, LEARNING)
 
 
-def test_many_layers_and_experts_stay_small(tmp_path):
-    folder = write_run(tmp_path, fake_records(48, 128, 600), layers=48, experts=128)
-    report(folder)
-    assert (folder / "report.html").stat().st_size < 6_000_000
-
-
 def test_resumed_run_reports_as_if_it_had_not_been_interrupted(tmp_path):
     straight = fake_records(2, 4, 400, eval_every=100)
     other = fake_records(2, 4, 400, eval_every=100, seed=1)
     abandoned = [record for record in other if 200 < record["step"] <= 340]
     resumed = [r for r in straight if r["step"] <= 200] + abandoned + [r for r in straight if r["step"] > 200]
-    pages = [write_report(write_run(tmp_path / n / "run", r)) for n, r in (("a", straight), ("b", resumed))]
+    pages = [write_report(write_run(tmp_path / n / "run", r), png=False) for n, r in (("a", straight), ("b", resumed))]
     assert pages[0].read_bytes() == pages[1].read_bytes()
     # The process that resumed was killed too, at once: what the first one did after step 200 is still void.
     cut = [r for r in straight if r["step"] <= 200] + abandoned + [r for r in straight if r["step"] == 210]
@@ -165,11 +168,11 @@ def test_resumed_run_reports_as_if_it_had_not_been_interrupted(tmp_path):
 
 def test_broken_last_line(tmp_path):
     records = fake_records(2, 4, 100)
-    whole = write_report(write_run(tmp_path / "a" / "run", records))
+    whole = write_report(write_run(tmp_path / "a" / "run", records), png=False)
     folder = write_run(tmp_path / "b" / "run", records)
     with open(folder / "metrics.jsonl", "a") as file:
         file.write(json.dumps(records[-1])[:40])
-    assert write_report(folder).read_bytes() == whole.read_bytes()
+    assert write_report(folder, png=False).read_bytes() == whole.read_bytes()
 
 
 def _without(records, *keys):
@@ -211,7 +214,8 @@ def test_awkward_runs(tmp_path, name):
     folder = write_run(tmp_path, AWKWARD[name])
     page = report(folder)
     assert "nan" not in page.text.lower().split()
-    assert {"loss", "bits_per_byte"} <= {path.stem for path in (folder / "plots").iterdir()}
+    assert {"loss", "bits_per_byte"} <= set(page.ids)
+    assert not (folder / "plots").exists()
 
 
 def test_loss_that_is_not_finite_at_the_end(tmp_path):
@@ -314,16 +318,17 @@ def test_heat_map_columns_are_means_of_their_lines():
     rng = np.random.default_rng(0)
     loads = rng.dirichlet(np.ones(4), (480, 3))
     steps = np.arange(1, 481.0)
-    columns = expert_plots._columns(steps, loads)
+    columns, ends = time_columns(steps, loads)
     assert columns.shape == (240, 3, 4)
     np.testing.assert_allclose(columns.sum(-1), 1)
     edges = np.linspace(1, 480, 241)
     inside = (steps >= edges[7]) & (steps < edges[8])
     np.testing.assert_allclose(columns[7], loads[inside].mean(0))
-    np.testing.assert_array_equal(expert_plots._columns(steps[:1], loads[:1]), loads[:1])
+    np.testing.assert_allclose(ends, edges[1:])
+    np.testing.assert_array_equal(time_columns(steps[:1], loads[:1])[0], loads[:1])
     # Logged every step, then every hundredth: no column of the sparse part is left empty.
     sparse = np.concatenate([np.arange(1, 100.0), [200.0, 300.0, 1000.0]])
-    assert np.isfinite(expert_plots._columns(sparse, loads[: len(sparse)])).all()
+    assert np.isfinite(time_columns(sparse, loads[: len(sparse)])[0]).all()
 
 
 def test_numbers_for_people():

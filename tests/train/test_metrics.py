@@ -1,5 +1,9 @@
 """What a record says of the experts."""
 
+import dataclasses
+
+import pytest
+
 from dmoe.moe import LoadSummary
 from dmoe.train.metrics import format_line, load_fields
 
@@ -29,3 +33,15 @@ def test_dropped_picks_are_never_silent() -> None:
     assert "dropped" not in dropless
     assert "dropped" not in format_line(record | dropless, 9)
     assert load_fields({}) == {}
+
+
+def test_ranks_of_expert_parallelism() -> None:
+    uneven = dataclasses.replace(summary(0), confidence=0.7, rank_load=[0.75, 0.25], rank_max_over_mean=1.6)
+    even = dataclasses.replace(summary(0), confidence=0.4, rank_load=[0.5, 0.5], rank_max_over_mean=1.2)
+    fields = load_fields({"layers.1.mlp": uneven, "layers.3.mlp": even}, lambda imbalance: imbalance / 10)
+    assert fields["router_confidence"] == [0.7, 0.4]
+    assert fields["rank_load"] == [[0.75, 0.25], [0.5, 0.5]]
+    assert fields["ep_imbalance"] == pytest.approx(1.4)
+    assert fields["ep_imbalance_cost"] == pytest.approx(0.14)
+    alone = load_fields({"layers.1.mlp": summary(0)}, lambda imbalance: imbalance)
+    assert not {"rank_load", "ep_imbalance", "ep_imbalance_cost"} & alone.keys()

@@ -8,7 +8,9 @@ states and optimisers beside the weights. torch's weights_only loader refuses un
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +52,13 @@ def load(file: Path | io.BytesIO, where: str = "") -> Any:
     where = where or str(file)
     mapped = isinstance(file, Path)
     try:
-        unknown = set(torch.serialization.get_unsafe_globals_in_checkpoint(file))
-        known = [(Opaque, name) for name in sorted(unknown - {_NAMESPACE})]
-        if not mapped:
-            file.seek(0)  # type: ignore[union-attr]
-        with torch.serialization.safe_globals([(argparse.Namespace, _NAMESPACE), *known]):
-            return torch.load(file, map_location="cpu", mmap=mapped or None, weights_only=True)
+        with _no_safe_globals():
+            unknown = set(torch.serialization.get_unsafe_globals_in_checkpoint(file))
+            known = [(Opaque, name) for name in sorted(unknown - {_NAMESPACE})]
+            if not mapped:
+                file.seek(0)  # type: ignore[union-attr]
+            with torch.serialization.safe_globals([(argparse.Namespace, _NAMESPACE), *known]):
+                return torch.load(file, map_location="cpu", mmap=mapped or None, weights_only=True)
     except OSError as error:
         raise RunError(f"{where}: cannot be read: {error.strerror}") from error
     except Exception as error:  # damaged archives and pickles raise nearly anything
@@ -63,6 +66,18 @@ def load(file: Path | io.BytesIO, where: str = "") -> Any:
             raise RunError(f"{where}: is not a zip file of torch.save (written since torch 1.6)") from None
         message = " ".join(str(error).split())
         raise RunError(f"{where}: cannot be read: {type(error).__name__}: {message[:300]}") from error
+
+
+@contextlib.contextmanager
+def _no_safe_globals() -> Iterator[None]:
+    """Without the classes that other packages told torch are safe (Megatron-core some of numpy's), which would build an
+    object around one of ours."""
+    others = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        yield
+    finally:
+        torch.serialization.add_safe_globals(others)
 
 
 def plain(namespace: Any) -> dict[str, Any]:
