@@ -5,8 +5,8 @@
 
 Prints two tables: the bandwidth of `all_to_all` over message sizes, and the time of a layer's forward and backward, its
 tokens spread evenly over the experts or crowded on those of the last rank, for what is sent (a row for each pick, or
-each token once to a rank: `parallel.ep_sends`) and each payload. There, "exchange" is the share of the step spent in the
-exchange when each message is waited for at once, and "hidden" the part of that time which the step no longer spends
+each token once to a rank: `parallel.ep_sends`) and each payload. There, "exchange" is the share of the step spent in
+the exchange when each message is waited for at once, and "hidden" the part of that time which the step no longer spends
 when the shared expert is computed meanwhile: with gloo, by how much less a rank is kept waiting; with NCCL, whose host
 does not wait, the difference between the steps. "alone" is the same layer with all its experts on each rank and nothing
 exchanged. `--json FILE` writes both.
