@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from dmoe.config.profiling import ProfilingConfig
+from dmoe.observe.files import write_text
 from dmoe.ops.regions import listening
 
 FOLDER = Path("profiling") / "trace"
@@ -102,9 +103,7 @@ class StepTrace:
             print(f"trace: {trace} (open it in https://ui.perfetto.dev)", file=sys.stderr, flush=True)
 
     def _write_table(self, operators: Any, name: str, order: str) -> None:
-        temporary = self.folder / f".{name}"
-        temporary.write_text(operators.table(sort_by=order, row_limit=_ROWS) + "\n", encoding="utf-8")
-        os.replace(temporary, self.folder / name)
+        write_text(self.folder / name, operators.table(sort_by=order, row_limit=_ROWS) + "\n")
 
 
 class _Annotations:

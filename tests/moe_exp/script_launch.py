@@ -1,10 +1,13 @@
-"""Starting the scripts of moe_exp/ as a person does."""
+"""Starting the scripts of moe_exp/: as a person does, and as ranks that cost little."""
 
 import os
+import runpy
 import socket
 import subprocess
 import sys
 from pathlib import Path
+
+from ranks import run_ranks
 
 FOLDER = Path(__file__).resolve().parents[2] / "moe_exp"
 UNSET = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE")
@@ -36,6 +39,35 @@ def start(script: str, *arguments: str, **values: object) -> subprocess.Popen:
     command = [sys.executable, script, *arguments]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=FOLDER, env=environment(**values), stdout=pipe, stderr=pipe, text=True)
+
+
+def forked(script: str | Path, *arguments: str, output: Path, nproc: int = 2, **values: object) -> str:
+    """What a script prints as ranks of `run_ranks`, with `values` in the environment; raises if a rank fails.
+
+    The variables are those of a start by hand: rank 0 hosts the store. For what is not about the start itself.
+    """
+    shared = {"WORLD_SIZE": nproc, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), **values}
+    output.mkdir()
+    try:
+        run_ranks(_rank_main, (str(FOLDER / script), arguments, shared, output), nproc)
+    except Exception:
+        print("\n".join(file.read_text()[-3000:] for file in sorted(output.iterdir())))  # pytest shows it
+        raise
+    return "".join((output / f"rank{rank}").read_text() for rank in range(nproc))
+
+
+def _rank_main(rank: int, script: str, arguments: tuple[str, ...], values: dict[str, object], output: Path) -> None:
+    with (output / f"rank{rank}").open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    for name in UNSET:
+        os.environ.pop(name, None)
+    os.environ.update({name: str(value) for name, value in values.items()}, RANK=str(rank))
+    os.chdir(FOLDER)
+    sys.path.insert(0, str(FOLDER))
+    sys.argv = [script, *arguments]
+    runpy.run_path(script, run_name="__main__")
+    sys.stdout.flush()
 
 
 def diagnosis(process: subprocess.Popen) -> str:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from script_launch import FOLDER, diagnosis, environment, free_port, start, torchrun
+from script_launch import FOLDER, diagnosis, environment, forked, free_port, start, torchrun
 
 VERIFIED = "verified: loss within 1e-04 and grad_norm within 1e-03 of one process at every step"
 SCRIPT = FOLDER / "scripts" / "run_moe_from_scratch.sh"
@@ -28,11 +28,10 @@ def test_mesh_despite_exported_variables(tmp_path: Path) -> None:
 
 
 def test_mesh_layouts_of_two_ranks(tmp_path: Path) -> None:
-    result = torchrun(Path(__file__).with_name("mesh_layouts_worker.py"), ASSETS=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count(VERIFIED) == 5
+    printed = forked(Path(__file__).with_name("mesh_layouts_worker.py"), output=tmp_path / "printed", ASSETS=tmp_path)
+    assert printed.count(VERIFIED) == 5
     for refusal in ("loss refused: loss differs from one process by 2", "grad_norm refused: grad_norm differs"):
-        assert result.stdout.count(f"wrong {refusal}") == 2  # on both ranks
+        assert printed.count(f"wrong {refusal}") == 2  # on both ranks
     assert len(list(tmp_path.glob("*.png"))) == 5
     # The whole model has 3.67 million fp32 weights: sharded, copied, split; then with experts spread.
     layouts = ("1x2x1", "2x1x1", "1x1x2_loss_parallel", "1x2x1_ep2", "1x1x2_ep2")
@@ -57,12 +56,12 @@ def held_always(rank: dict) -> int:
 
 
 def test_mesh_of_eight_ranks(tmp_path: Path) -> None:
-    result = torchrun("test_mesh.py", "--verify", nproc=8, timeout=180, SMALL=1, DP=2, SHARD=2, TP=2, ASSETS=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert VERIFIED in result.stdout
+    sizes = {"SMALL": 1, "DP": 2, "SHARD": 2, "TP": 2}
+    printed = forked("test_mesh.py", "--verify", nproc=8, output=tmp_path / "printed", ASSETS=tmp_path, **sizes)
+    assert VERIFIED in printed
     assert (
         "rank 6 at (1, 1, 0): fsdp submesh [[0, 2], [4, 6]] (groups: replicate [2, 6], shard [4, 6]), "
-        "tp submesh [6, 7] (group [6, 7])" in result.stdout
+        "tp submesh [6, 7] (group [6, 7])" in printed
     )
 
 

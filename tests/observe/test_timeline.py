@@ -13,12 +13,13 @@ import torch
 
 from dmoe.config import MoEConfig, ProfilingConfig
 from dmoe.moe import MoE
+from dmoe.observe.files import write_json
 from dmoe.observe.timeline import StepTimeline, tool
 from dmoe.observe.timeline.marks import Mark, Marks, router_backward_marked
 from dmoe.observe.timeline.parts import Span, coarse, split_step
 from dmoe.observe.timeline.picture import draw_timeline
 from dmoe.observe.timeline.stragglers import find_stragglers
-from dmoe.observe.timeline.summary import Stragglers, read_ranks, summarize, write_json
+from dmoe.observe.timeline.summary import Stragglers, read_ranks, summarize
 from dmoe.ops.regions import region
 
 CPU = torch.device("cpu")

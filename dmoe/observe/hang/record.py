@@ -14,6 +14,7 @@ from typing import Any
 import torch.distributed as dist
 
 from dmoe.errors import RunError
+from dmoe.observe.files import write_text
 from dmoe.observe.hang.collectives import groups, recorded_collectives
 from dmoe.observe.hang.stacks import all_stacks, stack_text
 
@@ -52,12 +53,8 @@ def describe_rank(reason: str, *, watcher: int | None = None, **known: Any) -> d
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Write rank{r}.json and rank{r}.txt, each under a temporary name first. A disk that refuses is no error."""
     with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
         for suffix, text in ((".json", json.dumps(record)), (".txt", record_text(record))):
-            path = folder / f"rank{record['rank']}{suffix}"
-            temporary = path.with_name(f".{path.name}.tmp")
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
+            write_text(folder / f"rank{record['rank']}{suffix}", text)
 
 
 def record_text(record: dict[str, Any]) -> str:

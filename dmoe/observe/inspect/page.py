@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dmoe.errors import RunError
+from dmoe.observe.files import write_bytes
 from dmoe.observe.inspect.details import Inspection, layer_numbers, token_rows, top_pairs
 from dmoe.observe.routing import save
 
@@ -46,10 +46,10 @@ def write_inspection(inspection: Inspection, folder: Path, *, png: bool = True) 
         folder.mkdir(parents=True, exist_ok=True)
         for picture in (picture for group in pictures.values() for picture in group if picture.png):
             (folder / PLOTS).mkdir(exist_ok=True)
-            _publish(folder / PLOTS / f"{picture.name}.png", picture.png)
+            write_bytes(folder / PLOTS / f"{picture.name}.png", picture.png)
         save(folder / SUMMARY, inspection.reading.summary)
-        _publish(folder / DATA, data.encode())
-        _publish(folder / PAGE, page.encode())
+        write_bytes(folder / DATA, data.encode())
+        write_bytes(folder / PAGE, page.encode())
     except OSError as error:
         raise RunError(f"{folder}: cannot be written: {error.strerror}") from error
     return folder / PAGE
@@ -170,13 +170,3 @@ def _rounded(value: Any) -> Any:
 
 def _number(value: float) -> str:
     return f"{value:.4f}" if math.isfinite(value) else "\u2013"
-
-
-def _publish(path: Path, content: bytes) -> None:
-    """Write under a temporary name and rename, so that nobody sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from dmoe.observe.files import write_bytes
 from dmoe.observe.memory.accounting import Storage
 from dmoe.observe.memory.categories import ACTIVATIONS, EXCHANGE, GATHERED, LOGITS, TEMPORARY, WORKSPACES
-from dmoe.observe.memory.files import write_bytes
 
 _MAX_ENTRIES = 200_000
 # Where a block was made, by a part of a file's path or a function's name, tells what it is for; the first hit counts.

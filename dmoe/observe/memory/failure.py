@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dmoe.moe.sharded import local
+from dmoe.observe.files import write_json, write_text
 from dmoe.observe.memory.accounting import Storage
 from dmoe.observe.memory.categories import (
     ACTIVATIONS,
@@ -26,7 +27,6 @@ from dmoe.observe.memory.categories import (
     WEIGHTS,
     WHOLE_GRADIENTS,
 )  # fmt: skip
-from dmoe.observe.memory.files import write_json, write_text
 
 _LARGEST = 20
 _LESS_TOKENS = "lower train.micro_batch_size"

@@ -7,8 +7,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from dmoe.observe.files import write_bytes
 from dmoe.observe.memory.categories import CATEGORIES, UNACCOUNTED
-from dmoe.observe.memory.files import write_bytes
 
 _COLORS = dict(
     zip(

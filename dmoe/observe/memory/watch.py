@@ -14,13 +14,13 @@ from torch import nn
 
 from dmoe.config import ProfilingConfig
 from dmoe.errors import RunError
+from dmoe.observe.files import write_json, write_text
 from dmoe.observe.memory import failure
 from dmoe.observe.memory.account import account_of, following_step
 from dmoe.observe.memory.accounting import MemoryTimeline, Storage
 from dmoe.observe.memory.categories import GRADIENTS, OPTIMIZER, UNACCOUNTED, WEIGHTS
 from dmoe.observe.memory.cuda_history import CudaHistory, blocks
 from dmoe.observe.memory.failure_kinds import is_out_of_memory
-from dmoe.observe.memory.files import write_json, write_text
 from dmoe.observe.memory.operators import operators_to_look_into
 from dmoe.observe.memory.table import render
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dmoe.errors import RunError
+from dmoe.observe.files import write_bytes
 
 if TYPE_CHECKING:
     from dmoe.observe.plots import Picture
@@ -52,18 +52,8 @@ def _write(run_dir: Path, files: dict[str, bytes], pictures: Iterable[Picture], 
         if drawn:
             plots.mkdir(parents=True, exist_ok=True)
         for picture in drawn:
-            _publish(plots / f"{picture.name}.png", picture.png)
+            write_bytes(plots / f"{picture.name}.png", picture.png)
         for name, content in files.items():
-            _publish(run_dir / name, content)
+            write_bytes(run_dir / name, content)
     except OSError as error:
         raise RunError(f"cannot write the report in {run_dir}: {error.strerror}") from error
-
-
-def _publish(path: Path, content: bytes) -> None:
-    """Write under a temporary name and rename, so that nobody sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

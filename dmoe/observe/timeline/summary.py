@@ -10,7 +10,6 @@ summary.json      what `summarize` returns
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,13 +45,6 @@ class RankFile:
     def _of(self, values: list[float], steps: list[int]) -> Array:
         index = {step: i for i, step in enumerate(self.steps)}
         return np.array([values[index[step]] for step in steps], dtype=np.float64)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write under another name first, so that no reader sees half a file."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content), encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def read_ranks(folder: Path, ranks: Iterable[int]) -> list[RankFile]:

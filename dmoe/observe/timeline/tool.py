@@ -15,9 +15,10 @@ import torch.distributed as dist
 from torch import nn
 
 from dmoe.config.profiling import ProfilingConfig
+from dmoe.observe.files import write_json
 from dmoe.observe.timeline.marks import Marks, router_backward_marked
 from dmoe.observe.timeline.parts import Span, coarse, split_step
-from dmoe.observe.timeline.summary import WINDOW, Stragglers, read_ranks, summarize, write_json
+from dmoe.observe.timeline.summary import WINDOW, Stragglers, read_ranks, summarize
 from dmoe.observe.timeline.waits import hearing_waits
 from dmoe.ops.regions import listening
 
