@@ -21,10 +21,11 @@ change_model(plant)
 sys.exit(
     train(
         parallel__ep="2",
+        model__first_k_dense="1",
         model__moe__router_bias="true",
         model__moe__aux_loss_coef="0",
         model__moe__top_k="1",
-        model__moe__intermediate_size="1024",
+        model__moe__intermediate_size="4096",
         train__seq_len="256",
         train__steps="10",
     )
