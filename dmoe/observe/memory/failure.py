@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -62,8 +63,10 @@ def reachable(known: Iterable[tuple[Tensor, str]], device: str) -> list[Storage]
 
     def add(tensor: Tensor, category: str) -> None:
         if tensor.device.type == device and type(tensor) in (Tensor, torch.nn.Parameter):
-            storage = tensor.untyped_storage()
-            found.setdefault(storage.data_ptr(), Storage(category, storage.nbytes(), 0))
+            # Planned tensors and what the compiler left behind have no memory and say so with an error.
+            with contextlib.suppress(RuntimeError, NotImplementedError):
+                storage = tensor.untyped_storage()
+                found.setdefault(storage.data_ptr(), Storage(category, storage.nbytes(), 0))
 
     for tensor, category in known:
         add(tensor, category)
