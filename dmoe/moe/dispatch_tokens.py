@@ -15,8 +15,8 @@ from dmoe.ops.precision import autocast_dtype
 from dmoe.ops.regions import region
 
 
-class TokenDispatcher:
-    """As `AllToAllDispatcher`, but a row is a token on its way to a rank, however many of its picks are there.
+class TokenDispatcher(AllToAllDispatcher):
+    """As its base, but a row is a token on its way to a rank, however many of its picks are there.
 
     With K picks over W ranks a token goes to W (1 - (1 - 1/W)^K) of them on average, not K: of 8 picks to 2.0, 3.6 and
     5.3 ranks of 2, 4 and 8. Its picks' ids and weights travel beside it in a small message. The experts of a rank see
@@ -30,15 +30,14 @@ class TokenDispatcher:
     """
 
     def __init__(self, group: dist.ProcessGroup, num_experts: int, *, payload: str = "same") -> None:
-        self._of_picks = AllToAllDispatcher(group, num_experts, payload=payload)  # checks them
-        self.group, self.num_experts, self.payload = group, num_experts, payload
+        super().__init__(group, num_experts, payload=payload)
 
     def __call__(
         self, x_TD: Tensor, routing: Routing, experts: ExpertFunction, shared: SharedFunction | None
     ) -> Tensor:
         top_k = routing.topk_ids_TK.shape[1]
         if top_k == 1:  # a pick is a token
-            return self._of_picks(x_TD, routing, experts, shared)
+            return super().__call__(x_TD, routing, experts, shared)
         x_TD = x_TD.to(autocast_dtype(x_TD))  # to travel as what the experts compute with
         size, rank = self.group.size(), self.group.rank()
         num_local = self.num_experts // size

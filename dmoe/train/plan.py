@@ -233,7 +233,7 @@ def _measure(
         engine = Engine(parts, train, device, mesh)
         for part in parts:
             for layer in moe_layers(part).values():
-                if isinstance(layer.dispatcher, (AllToAllDispatcher, TokenDispatcher)):
+                if isinstance(layer.dispatcher, AllToAllDispatcher):
                     layer.dispatcher = _KnownCounts(layer.dispatcher, worst)
         optimizer = build_optimizer(parts, config.optim)
         for parameter in engine.parameters:
@@ -324,7 +324,7 @@ class _KnownCounts:
     """An all-to-all dispatcher whose counts, which a fake tensor does not have, are given: all alike, or, in the worst
     case, every token of every rank of the group picks as many of this rank's experts as it can."""
 
-    def __init__(self, dispatcher: AllToAllDispatcher | TokenDispatcher, worst: bool) -> None:
+    def __init__(self, dispatcher: AllToAllDispatcher, worst: bool) -> None:
         self._dispatcher, self._worst = dispatcher, worst
 
     def __call__(self, x_TD: Tensor, routing: Routing, experts: Any, shared: Any) -> Tensor:
@@ -335,7 +335,7 @@ class _KnownCounts:
         def tolist(counts: Tensor) -> list[list[int]]:
             if isinstance(self._dispatcher, TokenDispatcher) and top_k > 1:
                 return self._tokens_and_picks(num_tokens, top_k, blocks)
-            if counts.shape[0] == 2 != group.size() or not getattr(self._dispatcher, "max_rows", 0):
+            if counts.shape[0] == 2 != group.size() or not self._dispatcher.max_rows:
                 return [blocks[group.rank()], [row[group.rank()] for row in blocks]]
             return blocks
 

@@ -42,7 +42,7 @@ CASES: dict[int, dict[str, Case]] = {
     },
     4: {
         "ep 4": Case({"ep": 4}),
-        "fsdp 2 x ep 2": Case({"dp_shard": 4, "ep": 2}),
+        "fsdp 2 x ep 2, tokens": Case({"dp_shard": 4, "ep": 2, "ep_sends": "tokens"}),
         "tp 2 x cp 2": Case({"tp": 2, "cp": 2}),
         "pp 2 x ep 2": Case({"pp": 2, "ep": 2}),
     },

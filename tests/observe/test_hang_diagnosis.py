@@ -64,6 +64,17 @@ def test_missing_rank() -> None:
     )
 
 
+def test_waiting_inside_a_tool_that_listens_is_waiting() -> None:
+    """The wait itself has no Python frame: the innermost is that of the timeline, or of the account of the memory."""
+    for tool in ("timeline/waits.py", "memory/accounting.py"):
+        waiting = frame(f"/x/dmoe/observe/{tool}", 42, "wait", "return function(*args, **kwargs)")
+        sleeping = frame("load.py", 33, "read", "time.sleep(9)")
+        records = {0: record(0, [call(6), call(7, state="waiting")], at=waiting, world=2)}
+        records[1] = record(1, [call(6)], at=sleeping, world=2)
+        (finding,) = diagnose(records)
+        assert (finding.kind, finding.ranks) == ("missing", (1,))
+
+
 def test_rank_with_a_collective_under_way_that_is_in_python() -> None:
     """It called one that nobody has come to yet and then went to sleep: it does not wait for them, they for it."""
     sleeping = frame("load.py", 33, "read", "time.sleep(9)")

@@ -108,6 +108,7 @@ def test_abort_ends_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         while not codes:
             assert time.monotonic() < deadline
             time.sleep(0.02)
+        assert not (tmp_path / "hang" / "rank0.locked.txt").exists()
     assert codes[0] == 1
     assert "error: rank 0 has not moved for" in capsys.readouterr().err
     assert (tmp_path / "hang" / "rank0.json").exists()

@@ -17,6 +17,7 @@ import torch.distributed as dist
 _PER_GROUP = 50
 # Where torch itself lies, to find who called it.
 _TORCH = os.path.dirname(torch.__file__) + os.sep
+_TOOLS = os.path.dirname(os.path.dirname(__file__)) + os.sep
 
 
 def enable_recorder() -> None:
@@ -86,8 +87,8 @@ def _collective(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_callers(file: str) -> bool:
-    """Whether a file is none of torch's, nor this package's wrapper of it."""
-    return not file.startswith((_TORCH, os.path.dirname(__file__) + os.sep)) and not file.startswith("<")
+    """Whether a file is none of torch's, nor one of the tools that stand between."""
+    return not file.startswith((_TORCH, _TOOLS)) and not file.startswith("<")
 
 
 def _axis(description: str, name: str) -> str:

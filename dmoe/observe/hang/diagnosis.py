@@ -44,7 +44,7 @@ class _Wait:
 
 
 # Files of torch, of this package, and of no file: not where a call came from.
-_INNER_FILE = re.compile(r"/torch/|/dmoe/observe/hang/|^<")
+_INNER_FILE = re.compile(r"/torch/|/dmoe/observe/|^<")
 _PYTHON_FILE = re.compile(r"/lib/python3\.\d+/")
 # Calls that wait although the innermost Python frame is not torch's own.
 _WAITING_CALL = re.compile(r"wait|\.item\(|\.tolist\(|\.cpu\(|synchronize|barrier|\.to\(")

@@ -18,14 +18,15 @@ _TROUBLE = re.compile(r"not finite|NaN|Inf|non-finite")
 
 def run_findings(run_dir: Path) -> list[Finding]:
     """Everything that the files of a run name. Raises RunError where one is damaged."""
-    findings = diagnose(read_records(run_dir))
+    # Memory first: the other ranks miss one that ran out of it.
+    findings = memory_findings(run_dir) + diagnose(read_records(run_dir))
     metrics = run_dir / "metrics.jsonl"
     if metrics.exists():
         findings += non_finite_findings(read_metrics(metrics))
     timeline = run_dir / "profiling" / "timeline" / "summary.json"
     if timeline.exists():
         findings += straggler_findings(read_json(timeline))
-    return findings + memory_findings(run_dir)
+    return findings
 
 
 def straggler_findings(summary: dict[str, Any]) -> list[Finding]:

@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -118,12 +119,12 @@ class HangWatch:
         with contextlib.ExitStack() as stack:
             locked_file: TextIO | None = None
             while not self._ended.wait(self._interval):
-                if locked_file is None and self._begun:
-                    locked_file = stack.enter_context(_removed_if_empty(self._folder, self._rank))
-                if locked_file is not None:
-                    # Never heard of while this thread gets Python's lock: each round puts it off.
-                    faulthandler.dump_traceback_later(self._timeout + self._interval, repeat=True, file=locked_file)
                 try:
+                    if locked_file is None and self._begun:
+                        locked_file = stack.enter_context(_removed_if_empty(self._locked_path))
+                    if locked_file is not None:
+                        # Never heard of while this thread gets Python's lock: each round puts it off.
+                        faulthandler.dump_traceback_later(self._timeout + self._interval, repeat=True, file=locked_file)
                     self._look(self._state)
                 except Exception as error:
                     _say(f"rank {self._rank}: the hang watch failed: {type(error).__name__}: {error}")
@@ -181,7 +182,13 @@ class HangWatch:
         if any(frame["file"].endswith("/bdb.py") for frame in record["threads"][0]["frames"]):
             return
         _say(f"error: rank {self._rank} {record['reason']} in step {self._step}: ended by profiling.hang_abort")
+        _remove_if_empty(self._locked_path)
         os._exit(1)
+
+    @property
+    def _locked_path(self) -> Path:
+        """Of the stacks that are written while Python's lock is held."""
+        return self._folder / f"rank{self._rank}.locked.txt"
 
     def _moves(self) -> int:
         return self._marks + self._regions.moves
@@ -225,20 +232,23 @@ def _is_failure(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def _removed_if_empty(folder: Path, rank: int) -> Any:
-    """The file for stacks that are written while Python's lock is held."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"rank{rank}.locked.txt"
+def _removed_if_empty(path: Path) -> Iterator[TextIO]:
+    """The file at `path`, open, for faulthandler."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         try:
             yield file
         finally:
             faulthandler.cancel_dump_traceback_later()
-            empty = path.exists() and not path.stat().st_size
-    if empty:
-        path.unlink()
-        with contextlib.suppress(OSError):  # other files are in it
-            folder.rmdir()
+    _remove_if_empty(path)
+
+
+def _remove_if_empty(path: Path) -> None:
+    """And its folder, if nothing else is in it."""
+    with contextlib.suppress(OSError):
+        if not path.stat().st_size:
+            path.unlink()
+            path.parent.rmdir()
 
 
 def _say(line: str) -> None:
