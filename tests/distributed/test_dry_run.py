@@ -27,6 +27,7 @@ CONFIG = RunConfig(
 )  # fmt: skip
 LAYOUTS: dict[str, dict[str, Any]] = {
     "fsdp 2 x ep 2": {"dp_shard": 4, "ep": 2},
+    "ep 4, tokens": {"ep": 4, "ep_sends": "tokens"},
     "tp 2 x fsdp 2": {"tp": 2, "dp_shard": 2},
     "pp 2 x fsdp 2": {"pp": 2, "dp_shard": 2},
     "hsdp 2 x 2, cp 2": {"dp_replicate": 2, "cp": 2},
