@@ -159,6 +159,20 @@ def test_four_ranks_with_redirected_output(tmp_path):
     assert "(Pdb" not in written
 
 
+def test_leaves_a_job_that_ends_alone(tmp_path):
+    """Its thread is never inside torch when the interpreter goes away, however often it looks."""
+    script = write(tmp_path, """
+        import torch.distributed as dist
+        from multiprocessing_pdb import MultiprocessingPdb, timeouts
+        timeouts._POLL_SECONDS = 0
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        groups = [dist.new_group() for _ in range(20)]
+        MultiprocessingPdb()
+    """)  # fmt: skip
+    terminal = Terminal([sys.executable, str(script)], environment(tmp_path))
+    assert terminal.end() == 0, terminal.text
+
+
 def test_post_mortem_and_abort(tmp_path):
     script = write(tmp_path, """
         import multiprocessing_pdb
@@ -186,8 +200,8 @@ def test_killed_while_a_line_is_edited(tmp_path):
     terminal = Terminal([sys.executable, str(script)], environment(tmp_path))
     terminal.expect("(Pdb main")
     end = time.monotonic() + 10
-    while terminal.echoes() and time.monotonic() < end:  # until the editor has taken over
-        time.sleep(0.05)
+    while terminal.echoes() and time.monotonic() < end:  # until the editor has taken over, and no longer:
+        time.sleep(0.0001)  # it may not wait for a key yet
     assert not terminal.echoes()
     os.kill(terminal.pid, signal.SIGTERM)
     while not terminal.echoes() and time.monotonic() < end:

@@ -6,13 +6,13 @@ import contextlib
 import functools
 import io
 import os
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
+
+from multiprocessing_pdb.terminate import before_terminating
 
 try:
     import fcntl
@@ -124,7 +124,7 @@ def standard_files(path: str) -> Iterator[tuple[IO[str], IO[str]]]:
             os.dup2(terminal, fd)
         sys.stdin = io.TextIOWrapper(io.FileIO(0, closefd=False), "utf-8", "replace")
         sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), "utf-8", "replace", line_buffering=True)
-        with _on_terminate(functools.partial(termios.tcsetattr, terminal, termios.TCSANOW, before)):
+        with before_terminating(functools.partial(termios.tcsetattr, terminal, termios.TCSANOW, before)):
             yield sys.stdin, sys.stdout
     finally:
         with contextlib.suppress(Exception):
@@ -139,26 +139,6 @@ def standard_files(path: str) -> Iterator[tuple[IO[str], IO[str]]]:
         with contextlib.suppress(OSError, termios.error):
             termios.tcsetattr(terminal, termios.TCSANOW, before)
         os.close(terminal)
-
-
-@contextlib.contextmanager
-def _on_terminate(restore: Callable[[], object]) -> Iterator[None]:
-    """Call it before SIGTERM ends the process: while a line is edited the terminal does not echo."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def end(number: int, _frame: object) -> None:
-        restore()
-        signal.signal(number, before)
-        os.kill(os.getpid(), number)
-
-    before = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
-    signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _duplicate(fd: int) -> int | None:

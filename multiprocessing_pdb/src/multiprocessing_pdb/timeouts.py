@@ -6,11 +6,11 @@ long as soon as a debugger exists in a process, for groups that are made later t
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import sys
 import threading
-import time
 from datetime import timedelta
 from typing import Any
 
@@ -23,31 +23,43 @@ class Timeouts:
 
     def __init__(self) -> None:
         self._before: dict[Any, timedelta] = {}
+        self._forget_thread()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._forget_thread)
+
+    def _forget_thread(self) -> None:
+        """There is none yet, or it has stayed in the parent, perhaps with the lock in its hands."""
         self._lock = threading.RLock()
-        self._watching = 0
+        self._over: threading.Event | None = None
 
     def hold(self) -> None:
         """Make them long now, and those of groups to come by a thread of its own."""
         self._hold_new()
         with self._lock:
-            if self._watching != os.getpid():  # a forked child has not inherited the thread
-                self._watching = os.getpid()
-                threading.Thread(target=self._watch, name="multiprocessing_pdb timeouts", daemon=True).start()
+            if self._over is None:
+                over = self._over = threading.Event()
+                thread = threading.Thread(
+                    target=self._watch, args=(over,), name="multiprocessing_pdb timeouts", daemon=True
+                )
+                thread.start()
+                atexit.register(_finish, thread, over)
 
     def release(self) -> None:
         """Give every group the timeout that it had."""
         with self._lock:
-            self._watching = 0
+            if self._over is not None:
+                self._over.set()
+                self._over = None
             for group, timeout in self._before.items():
                 with contextlib.suppress(Exception):  # the group may be gone
                     _set_timeout(group, timeout)
             self._before.clear()
 
-    def _watch(self) -> None:
-        while self._watching == os.getpid():
-            with contextlib.suppress(Exception):  # torch may be half imported, or on its way out
-                self._hold_new()
-            time.sleep(_POLL_SECONDS)
+    def _watch(self, over: threading.Event) -> None:
+        while not over.wait(_POLL_SECONDS):
+            with self._lock, contextlib.suppress(Exception):  # torch may be half imported
+                if not over.is_set():
+                    self._hold_new()
 
     def _hold_new(self) -> None:
         with self._lock:
@@ -56,6 +68,13 @@ class Timeouts:
                 if group not in self._before and timeout is not None:
                     self._before[group] = timeout
                     _set_timeout(group, HELD)
+
+
+def _finish(thread: threading.Thread, over: threading.Event) -> None:
+    """A thread that is inside torch while the interpreter goes away ends the process with `terminate called`."""
+    if thread.is_alive():
+        over.set()
+        thread.join()
 
 
 def _groups() -> list[Any]:
