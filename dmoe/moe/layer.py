@@ -87,6 +87,12 @@ class MoE(nn.Module):
         init_parameters(self, std=std, output_std=output_std, seed=seed)
         self.router.reset_buffers()
 
+    def leave_experts_uncompiled(self) -> None:
+        """Compute the experts, and take tokens to them and back, outside the graphs of torch.compile, which then has a
+        graph before them and one after. For experts that FSDP gathers, whose hooks a graph does not run, and for an
+        exchange, which reads its counts on the host."""
+        self._compute = torch.compiler.disable(self._compute)  # type: ignore[method-assign]
+
     def forward(self, x: Tensor, token_mask: Tensor | None = None, token_ids: Tensor | None = None) -> Tensor:
         """Apply the layer to `x` of shape [T, D] or [B, S, D]; returns the same shape.
 

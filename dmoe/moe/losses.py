@@ -71,7 +71,8 @@ class _AttachLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, loss: Tensor, scale: float) -> Tensor:
-        return x.view_as(x)
+        # Of a graph's input the compiler would make the view again outside the graph, without this function's backward.
+        return x.clone() if torch.compiler.is_compiling() else x.view_as(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:

@@ -10,7 +10,7 @@ from dmoe.moe import MoE
 from dmoe.parallel.context import apply_context_parallel
 from dmoe.parallel.expert import apply_expert_parallel
 from dmoe.parallel.fsdp import apply_fsdp
-from dmoe.parallel.mesh import ParallelMesh, check_model, recent_torch
+from dmoe.parallel.mesh import ParallelMesh, check_model
 from dmoe.parallel.pipeline import split_stages
 from dmoe.parallel.tensor import apply_tensor_parallel
 
@@ -41,22 +41,22 @@ def parallelize(
         apply_tensor_parallel(part, mesh)
         apply_expert_parallel(part, mesh)
         if train.compile:
-            spread = mesh.config.ep > 1
-            experts = mesh.data_axes(mesh.experts if spread else mesh.dense)
-            compile_layers(part, whole=experts is None and (recent_torch() or not spread))
+            compile_layers(part, whole=mesh.config.ep == 1 and mesh.data_axes(mesh.dense) is None)
         apply_fsdp(part, mesh, expert_dtype)
     return parts
 
 
 def compile_layers(part: Decoder, *, whole: bool = True) -> None:
-    """torch.compile each layer, or its attention alone. Layers are alike: one is compiled and the others reuse it.
+    """torch.compile each layer. Layers are alike: one is compiled and the others reuse it.
 
     Args:
-        whole: False where FSDP gathers the experts, which inside a graph would lose their gradients, and where torch
-            compiles an exchange wrongly (`recent_torch`).
+        whole: in one graph. False compiles attention and the mixture of experts, without the experts and the way of the
+            tokens to them (`MoE.leave_experts_uncompiled`): what FSDP gathers inside a graph would lose its gradients.
     """
-    # The counts of an exchange are read inside the graph.
-    torch._dynamo.config.capture_scalar_outputs = True
     for layer in part.blocks:
-        module = layer if whole or not isinstance(layer.mlp, MoE) else layer.self_attn
-        module.compile(fullgraph=True)
+        if whole or not isinstance(layer.mlp, MoE):
+            layer.compile(fullgraph=True)
+            continue
+        layer.self_attn.compile(fullgraph=True)
+        layer.mlp.leave_experts_uncompiled()
+        layer.mlp.compile()

@@ -140,10 +140,6 @@ def check_model(config: ParallelConfig, model: ModelConfig, train: TrainConfig) 
             divides("tp", config.tp, "model.moe.intermediate_size", model.moe.intermediate_size)
     else:
         require(config.ep == 1, "parallel.ep", config.ep, "1 for a model without experts")
-    require(
-        not (train.compile and config.max_rows), "parallel.max_rows", config.max_rows,
-        "0 with train.compile: the number of chunks depends on the data",
-    )  # fmt: skip
     stages = config.pp * config.num_local_stages if config.pp > 1 else 1
     require(
         stages <= model.num_layers, "model.num_layers", model.num_layers,
@@ -187,8 +183,7 @@ def check_schedule(config: ParallelConfig, train: TrainConfig) -> None:
 
 
 def recent_torch() -> bool:
-    """Whether torch is 2.13 or newer. 2.11 can split the backward of no autograd.Function, and compiles an exchange to
-    gradients that are off by a thousandth; 2.12 was not tried."""
+    """Whether torch is 2.13 or newer. 2.11 can split the backward of no autograd.Function; 2.12 was not tried."""
     return tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 13)
 
 

@@ -91,6 +91,8 @@ CASES: dict[int, dict[str, Case]] = {
         "ep 2, tokens, compiled": Case(
             {"ep": 2, "ep_sends": "tokens"}, moe={"global_aux_loss_coef": 0.0}, train={"compile": True}
         ),
+        "ep 2, chunks, compiled": Case({"ep": 2, "max_rows": 37}, train={"compile": True}),
+        "fsdp 2, compiled": Case({"dp_shard": 2}, train={"compile": True}),
         "cp 2, compiled": Case({"cp": 2}, train={"compile": True}),
         "tp 2": Case({"tp": 2, "sequence_parallel": False}, model=UNTIED),
         "tp 2 sp": Case({"tp": 2}),
@@ -122,6 +124,7 @@ CASES: dict[int, dict[str, Case]] = {
         "fsdp 2 x tp 2 x ep 4, tokens": Case({"dp_shard": 2, "tp": 2, "ep": 4, "ep_sends": "tokens"}),
         "fsdp 2 x ep 2, an expert a rank": Case({"dp_shard": 4, "ep": 2}, moe={"num_experts": 2, "latent_size": 6}),
         "fsdp 2 x tp 2, one expert": Case({"dp_shard": 2, "tp": 2}, moe={"num_experts": 1, "top_k": 1, "bias": True}),
+        "fsdp 2 x ep 2, compiled": Case({"dp_shard": 4, "ep": 2}, train={"compile": True}),
         "dp 2 x ep 2": Case({"dp_replicate": 2, "dp_shard": 2, "ep": 2}),
         "fsdp 2 x tp 2": Case({"dp_shard": 2, "tp": 2}),
         "fsdp 2 x tp 2 x ep 4": Case({"dp_shard": 2, "tp": 2, "ep": 4}, model=UNTIED),

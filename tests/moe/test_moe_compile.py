@@ -3,13 +3,16 @@
 import os
 import shutil
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from dmoe.moe import LoadBalancer, LoadSummary, MoE, MoEConfig, Recorder, set_aux_loss_scale
+from dmoe.moe.dispatch import dispatch_local
 
 HAS_COMPILER = any(map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++")))
 
@@ -132,6 +135,33 @@ def test_checkpoint_outside_the_compiled_layer() -> None:
     torch.compiler.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     check(layer, lambda x: checkpoint(compiled, x, use_reentrant=False), recorder, 1e-6)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["", "checkpoint"])
+@pytest.mark.parametrize("changes", [{}, {"latent_size": 8, "routing": "expert_choice"}, {"seq_aux_loss_coef": 0.1}])
+def test_experts_outside_the_graphs(changes: dict[str, object], checkpointed: bool) -> None:
+    """The auxiliary losses of the graph before them reach the router through the graph after them."""
+    layer = build(**changes)
+    compiled = build(**changes)
+    compiled.load_state_dict(layer.state_dict())
+    inside = []
+
+    def dispatch(*arguments: Any) -> Tensor:
+        inside.append(torch.compiler.is_compiling())
+        return dispatch_local(*arguments)
+
+    compiled.dispatcher = dispatch
+    compiled.leave_experts_uncompiled()
+    torch.compiler.reset()
+    backend = CompileCounterWithBackend("aot_eager")
+    compiled.compile(backend=backend)
+    for tokens in (6, 9):
+        x = torch.randn(tokens, 16)
+        call = (lambda x: checkpoint(compiled, x, use_reentrant=False)) if checkpointed else compiled
+        for want, got in zip(step(layer, layer, x), step(compiled, call, x), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    assert backend.frame_count >= 2
+    assert not any(inside)
 
 
 def test_eval_autocast_and_a_changed_loss_scale() -> None:
