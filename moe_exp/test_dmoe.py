@@ -3,12 +3,14 @@
 torchrun --nproc_per_node=2 --master_addr=127.0.0.1 --master_port=29500 test_dmoe.py
 
 Every rank trains the spread layer on its share of a batch for a step, and the plain layer on all of it; outputs before
-and after the step, gradients and updated weights must agree. A line a case; exit code 1 if one fails.
+and after the step, gradients and updated weights must agree. In bf16 the spread layer takes over the plain one's choice
+of experts: a rounding decides between two that are nearly as good. A line a case; exit code 1 if one fails.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 from typing import Any, NamedTuple, cast
 
@@ -20,11 +22,12 @@ from utils import init_distributed, run
 from dmoe.config import MoEConfig, ParallelConfig
 from dmoe.errors import RunError
 from dmoe.moe import MoE
+from dmoe.moe.replay import RoutingTrace, record_routing, replay_routing
 from dmoe.moe.sharded import local
 from dmoe.parallel import ParallelMesh, build_mesh
 from dmoe.parallel.expert import apply_expert_parallel
 
-WIDTH = 32
+WIDTH, SEQ_LEN = 32, 16
 LEARNING_RATE = 0.1
 # Of the largest absolute value. bf16 has 8 bits, and a gradient that ranks add up is rounded once on each.
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -76,7 +79,7 @@ def shares(case: Case, world_size: int) -> list[int]:
 def batch_of_all_ranks(case: Case, device: torch.device) -> tuple[Tensor, Tensor]:
     """The input, and the gradient of the loss with respect to the output."""
     total = sum(shares(case, dist.get_world_size()))
-    shape = (total, WIDTH) if case.dims == 2 else (total, 16, WIDTH)
+    shape = (total, WIDTH) if case.dims == 2 else (total, SEQ_LEN, WIDTH)
     draw = torch.Generator().manual_seed(1)
     x, grad = (torch.randn(shape, generator=draw).to(device, case.dtype) for _ in range(2))
     return x, grad / total
@@ -116,14 +119,24 @@ def whole(parameter: Tensor) -> Tensor:
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter.clone()
 
 
+def own_choices(trace: RoutingTrace, case: Case, rank: int) -> RoutingTrace:
+    """Of the choices for the batch of all ranks, those for this rank's part."""
+    sizes = [size * (1 if case.dims == 2 else SEQ_LEN) for size in shares(case, dist.get_world_size())]
+    return RoutingTrace({name: [ids.split(sizes)[rank] for ids in all_ids] for name, all_ids in trace.layers.items()})
+
+
 def differences(case: Case, mesh: ParallelMesh, device: torch.device) -> dict[str, float]:
     """Largest difference of each tensor over all ranks, as a share of the plain layer's largest value."""
     rank, sizes = dist.get_rank(), shares(case, dist.get_world_size())
     x, grad = batch_of_all_ranks(case, device)
     layer = build_layer(case, device)
+    with record_routing(layer) as trace:
+        plain = train_step(layer, x, grad, None)
+    layer = build_layer(case, device)
     spread_layer(layer, mesh)
-    ours = train_step(layer, x.split(sizes)[rank], grad.split(sizes)[rank], mesh)
-    plain = train_step(build_layer(case, device), x, grad, None)
+    choices = own_choices(trace, case, rank)
+    with replay_routing(layer, choices) if case.dtype == torch.bfloat16 else contextlib.nullcontext():
+        ours = train_step(layer, x.split(sizes)[rank], grad.split(sizes)[rank], mesh)
     result = {}
     for name, value in plain.items():
         mine = value.split(sizes)[rank] if ours[name].shape != value.shape else value

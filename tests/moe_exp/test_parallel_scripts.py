@@ -82,6 +82,13 @@ def test_mesh_of_one_rank_and_wrong_sizes(tmp_path: Path) -> None:
         assert expected in diagnosis(process)
 
 
+def test_dmoe_on_four_ranks() -> None:
+    """Experts spread and copied at once; among more tokens some choices are close in bf16."""
+    result = torchrun("test_dmoe.py", nproc=4, timeout=200, LOCAL_RANK=0, WORLD_SIZE=4)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "verified: 48 cases on 4 ranks" in result.stdout
+
+
 def test_dmoe_on_two_ranks() -> None:
     result = torchrun("test_dmoe.py", "--verify", LOCAL_RANK=0, WORLD_SIZE=2)
     assert result.returncode == 0, result.stderr
