@@ -75,9 +75,9 @@ def jobs(ranks: int, smoke: bool) -> list[Job]:
         )
         for mesh in meshes(ranks)
     ]  # fmt: skip
-    experiments.append(Job("dmoe", ranks, ["test_dmoe.py"], 60, json=False))
+    experiments.append(Job("dmoe", ranks, ["test_dmoe.py"], 120, json=False))
     experiments.append(Job("all-to-all", ranks, ["test_all_to_all.py"], 60, json=False))
-    compared = Job("layouts", ranks, ["benchmarks/parallel.py", *layouts], 120)
+    compared = Job("layouts", ranks, ["benchmarks/parallel.py", *layouts], 180)
     # The full model needs the memory of many GPUs.
     large = [full] if ranks >= 4 or smoke else []
     return [exchange, *weak, *large, compared, *experiments, *fewer]
