@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -38,7 +39,10 @@ def test_rank_that_hangs_under_torchrun(tiny: dict[str, str], tmp_path: Path, ca
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)
     finally:
-        os.killpg(job.pid, 9)
+        with contextlib.suppress(OSError):  # it may have ended
+            ranks = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()  # in sessions of their own
+            for pid in (job.pid, *map(int, ranks)):
+                os.kill(pid, 9)
         job.wait()
     assert "has not moved for" in log.read_text()
     assert f"dmoe doctor {run_dir} says who is missing" in log.read_text()
