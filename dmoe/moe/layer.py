@@ -90,7 +90,8 @@ class MoE(nn.Module):
     def leave_experts_uncompiled(self) -> None:
         """Compute the experts, and take tokens to them and back, outside the graphs of torch.compile, which then has a
         graph before them and one after. For experts that FSDP gathers, whose hooks a graph does not run, and for an
-        exchange, which reads its counts on the host."""
+        exchange, which reads its counts on the host. A copy.deepcopy of the layer made afterwards would compute with
+        the experts of the original."""
         self._compute = torch.compiler.disable(self._compute)  # type: ignore[method-assign]
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None, token_ids: Tensor | None = None) -> Tensor:
