@@ -36,10 +36,10 @@ from dmoe.moe import MoE, MoEConfig
 from dmoe.moe.dispatch import AllToAllDispatcher, Dispatcher, SharedFunction
 from dmoe.moe.dispatch_tokens import TokenDispatcher
 from dmoe.moe.router import Routing
-from dmoe.ops import exchange as exchange_module
+from dmoe.ops import messages
 from dmoe.ops.all_to_all import all_to_all
 from dmoe.ops.collectives import leave_process_group
-from dmoe.ops.exchange import PAYLOADS
+from dmoe.ops.messages import PAYLOADS
 
 SIZES = tuple(2**power for power in range(12, 31, 2))
 ROUTINGS = ("balanced", "skewed")
@@ -144,12 +144,12 @@ class Clock:
         self.device, self.total = device, 0.0
 
     def __enter__(self) -> Clock:
-        self.saved = exchange_module._send, exchange_module._received
-        exchange_module._send, exchange_module._received = (self._timed(function) for function in self.saved)
+        self.saved = messages._send, messages._received
+        messages._send, messages._received = (self._timed(function) for function in self.saved)
         return self
 
     def __exit__(self, *_: object) -> None:
-        exchange_module._send, exchange_module._received = self.saved
+        messages._send, messages._received = self.saved
 
     def _timed(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def timed(*args: Any) -> Tensor:

@@ -18,7 +18,8 @@ from dmoe.config import require
 from dmoe.moe.router import Routing
 from dmoe.ops.all_to_all import exchange_counts
 from dmoe.ops.collectives import all_gather_rows, reduce_scatter_rows
-from dmoe.ops.exchange import PAYLOADS, Exchange, Splits, start_exchange
+from dmoe.ops.exchange import Exchange, start_exchange
+from dmoe.ops.messages import PAYLOADS, Splits
 from dmoe.ops.permute import Permutation, first_rows, gather_early, gather_rows, sort_early, sum_rows
 from dmoe.ops.precision import autocast_dtype
 from dmoe.ops.regions import region

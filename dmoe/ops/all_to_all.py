@@ -83,19 +83,25 @@ def exchange_counts(send_counts: Tensor, group: dist.ProcessGroup | None) -> Ten
             "a row for each rank of the group"
         )
     ones = [1] * world_size
-    return _exchange(send_counts, ones, ones, group)
+    name = _known(group).group_name
+    received = torch.ops._c10d_functional.all_to_all_single(send_counts.contiguous(), ones, ones, name)
+    return torch.ops._c10d_functional.wait_tensor(received)
 
 
 def _exchange(
     rows: Tensor, send_counts: list[int], receive_counts: list[int], group: dist.ProcessGroup | None
 ) -> Tensor:
+    # The collective reads raw memory, so strides would be lost.
+    received = funcol.all_to_all_single_autograd(rows.contiguous(), receive_counts, send_counts, _known(group))
+    # A plain tensor: the lazily waited subclass does not pass through custom kernels.
+    return funcol.wait_tensor(received)
+
+
+def _known(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     group = dist.group.WORLD if group is None else group
     if group is None:
         raise ConfigError("group is None: must be a process group, or init_process_group must have been called")
-    # The collective reads raw memory, so strides would be lost.
-    received = funcol.all_to_all_single_autograd(rows.contiguous(), receive_counts, send_counts, group)
-    # A plain tensor: the lazily waited subclass does not pass through custom kernels.
-    return funcol.wait_tensor(received)
+    return group
 
 
 def check_counts(rows: Tensor, send_counts: list[int], receive_counts: list[int], world_size: int) -> None:

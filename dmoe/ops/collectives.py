@@ -26,12 +26,9 @@ def _reduce_scatter(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 class _AllGatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
         return _gather(rows, group)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.group = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -40,12 +37,9 @@ class _AllGatherRows(torch.autograd.Function):
 
 class _ReduceScatterRows(torch.autograd.Function):
     @staticmethod
-    def forward(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
         return _reduce_scatter(rows, group)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.group = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

@@ -82,7 +82,7 @@ def sum_picks(y_RD: Tensor, inverse_TK: Tensor) -> Tensor:
     return F.embedding_bag(inverse_TK, y_RD, mode="sum")
 
 
-def _sum_real_picks(y_RD: Tensor, inverse_TK: Tensor) -> Tensor:
+def sum_real_picks(y_RD: Tensor, inverse_TK: Tensor) -> Tensor:
     """`sum_picks` of rows of experts alone (`first_rows`), without those of index R.
 
     With fewer rows than picks the picks of a token are put next to each other, so that no row of zeros is needed, which
@@ -90,7 +90,8 @@ def _sum_real_picks(y_RD: Tensor, inverse_TK: Tensor) -> Tensor:
     """
     num_rows = y_RD.shape[0]
     if y_RD.is_cuda and y_RD.dtype != torch.float64 and runs_triton(y_RD.device):
-        return torch.ops.dmoe.sum_picks(y_RD, inverse_TK)
+        # Outside the compiler without the operator, which takes the host as long as the launch.
+        return (_sum_picks_triton if torch.compiler.is_compiling() else _launch_sum_picks)(y_RD, inverse_TK)
     if inverse_TK.numel() == 0 or not (torch.compiler.is_compiling() or num_rows < inverse_TK.numel()):
         return sum_picks(y_RD, inverse_TK)
     kept_TK = inverse_TK < num_rows
@@ -101,12 +102,14 @@ def _sum_real_picks(y_RD: Tensor, inverse_TK: Tensor) -> Tensor:
     return F.embedding_bag(rows.narrow(0, 0, num_rows), y_RD, starts_T, mode="sum")
 
 
-@torch.library.custom_op("dmoe::sum_picks", mutates_args=())
 @on_its_device
-def _sum_picks_triton(y_RD: Tensor, inverse_TK: Tensor) -> Tensor:
+def _launch_sum_picks(y_RD: Tensor, inverse_TK: Tensor) -> Tensor:
     from dmoe.ops.kernels.rows import sum_picks_triton  # Triton is imported when it is needed
 
     return sum_picks_triton(y_RD.contiguous(), inverse_TK)
+
+
+_sum_picks_triton = torch.library.custom_op("dmoe::sum_picks", _launch_sum_picks, mutates_args=())
 
 
 @_sum_picks_triton.register_fake
@@ -127,13 +130,13 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None, None]:
-        return _sum_real_picks(grad_RD, ctx.saved_tensors[0]), None, None, None
+        return sum_real_picks(grad_RD, ctx.saved_tensors[0]), None, None, None
 
 
 class _SumRows(torch.autograd.Function):
     @staticmethod
     def forward(y_RD: Tensor, order_R: Tensor, inverse_TK: Tensor) -> Tensor:
-        return _sum_real_picks(y_RD, inverse_TK)
+        return sum_real_picks(y_RD, inverse_TK)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
@@ -148,7 +151,7 @@ class _SumRows(torch.autograd.Function):
 
 def sort_early(topk_ids_TK: Tensor, num_experts: int) -> Permutation:
     """`sort_by_expert`, on a GPU in a few launches; its indices may then be int32."""
-    if not _runs_kernels(topk_ids_TK) or topk_ids_TK.numel() >= 2**31:
+    if not runs_kernels(topk_ids_TK) or topk_ids_TK.numel() >= 2**31:
         return sort_by_expert(topk_ids_TK, num_experts)
     from dmoe.ops.kernels.sorting import counting_sort  # Triton is imported when it is needed
 
@@ -167,14 +170,15 @@ def gather_early(x_TD: Tensor, permutation: Permutation, max_rows: int) -> Tenso
     Returns:
         [max_rows, D], of which rows of no expert hold anything.
     """
-    if not _runs_kernels(x_TD):
+    if not runs_kernels(x_TD):
         return None
     from dmoe.ops.kernels.rows import spread_rows
 
     return on_its_device(spread_rows)(x_TD.contiguous(), permutation.inverse_TK, num_rows=max_rows)
 
 
-def _runs_kernels(tensor: Tensor) -> bool:
+def runs_kernels(tensor: Tensor) -> bool:
+    """Whether Triton kernels may be launched on `tensor` right here, not as operators inside the compiler."""
     return tensor.is_cuda and not torch.compiler.is_compiling() and runs_triton(tensor.device)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
@@ -31,9 +33,22 @@ def runs_triton(device: torch.device) -> bool:
     if not _HAS_TRITON:
         return False
     if device.type == "cuda":
-        new_enough = torch.version.hip is not None or torch.cuda.get_device_properties(device).major >= 8
-        return new_enough and _HAS_COMPILER
+        # The compiler would warn of the cache, and ignore it.
+        return _HAS_COMPILER and (_is_new_enough if torch.compiler.is_compiling() else _known_new_enough)(device)
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _is_new_enough(device: torch.device) -> bool:
+    return torch.version.hip is not None or torch.cuda.get_device_properties(device).major >= 8
+
+
+_known_new_enough = functools.lru_cache(_is_new_enough)
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a GPU the current one. If it is so already, without a change, which would take the host a while."""
+    is_current = device.type != "cuda" or device.index == torch.cuda.current_device()
+    return contextlib.nullcontext() if is_current else torch.cuda.device(device)
 
 
 def on_its_device(function: Callable[..., Result]) -> Callable[..., Result]:
@@ -45,7 +60,7 @@ def on_its_device(function: Callable[..., Result]) -> Callable[..., Result]:
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Result:
         first = next(arg for arg in args if isinstance(arg, Tensor))
-        with torch.cuda.device_of(first), autocast_off(first):
+        with _current(first.device), autocast_off(first):
             return function(*args, **kwargs)
 
     return run

@@ -22,7 +22,9 @@ def in_autocast(x: Tensor) -> bool:
 
 def autocast_off(x: Tensor) -> AbstractContextManager[object]:
     """A context without autocast on the device of `x`."""
-    return contextlib.nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
+    device = x.device.type
+    is_off = device == "meta" or not torch.is_autocast_enabled(device)
+    return contextlib.nullcontext() if is_off else torch.autocast(device, enabled=False)
 
 
 def allows_tf32() -> bool:

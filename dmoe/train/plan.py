@@ -332,7 +332,7 @@ class _KnownCounts:
         num_tokens, top_k = routing.topk_ids_TK.shape
         blocks = self._blocks(num_tokens, top_k, group.size(), group.rank())
 
-        def tolist(counts: Tensor) -> list[list[int]]:
+        def tolist(counts: Tensor) -> list[Any]:
             if isinstance(self._dispatcher, TokenDispatcher) and top_k > 1:
                 return self._tokens_and_picks(num_tokens, top_k, blocks)
             if counts.shape[0] == 2 != group.size() or not self._dispatcher.max_rows:
@@ -355,18 +355,19 @@ class _KnownCounts:
         elsewhere = _split(rows - here, size - 1)
         return [[*elsewhere[:rank], here, *elsewhere[rank:]] for _ in range(size)]
 
-    def _tokens_and_picks(self, num_tokens: int, top_k: int, blocks: list[list[int]]) -> list[list[int]]:
-        """Tokens to each rank, tokens from each, and their picks here."""
+    def _tokens_and_picks(self, num_tokens: int, top_k: int, blocks: list[list[int]]) -> list[list[list[int]]]:
+        """Tokens for each rank, their picks, which nobody asks for, tokens from each rank, and their picks here."""
         size, rank, num_experts = len(blocks), self._dispatcher.group.rank(), self._dispatcher.num_experts
         num_local = num_experts // size
         picks = [row[rank] for row in blocks]
         if self._worst:
             others = min(num_tokens, blocks[rank][rank - 1])  # of the picks that are left, as many tokens as can be
             send = [num_tokens if r == rank else others for r in range(size)]
-            return [send, [num_tokens if n else 0 for n in picks], picks]
+            return [[send, []], [[num_tokens if n else 0 for n in picks], picks]]
         # A token whose picks are any top_k of the experts has one on a rank with this probability.
         share = 1 - math.comb(num_experts - num_local, top_k) / math.comb(num_experts, top_k)
-        return [[round(num_tokens * share)] * size, [round(num_tokens * share)] * size, picks]
+        tokens = [round(num_tokens * share)] * size
+        return [[tokens, []], [tokens, picks]]
 
 
 def _split(rows: int, parts: int, shift: int = 0) -> list[int]:

@@ -35,6 +35,7 @@ class Case:
     sends: str = "picks"
     training: bool = True
     seed: int = 0
+    device: str = "cpu"
     call: Callable[[MoE], Callable[[Tensor], Tensor]] = field(default=lambda layer: layer)
     config: dict[str, Any] = field(default_factory=dict)
 
@@ -51,14 +52,15 @@ class Case:
                 layer.router.weight[-1] = 4
             if self.skew == "none":
                 layer.router.weight[0] = -4
-        return layer.train(self.training)
+        return layer.train(self.training).to(self.device)
 
     def batch(self) -> tuple[list[Tensor], list[Tensor]]:
         """Each rank's tokens, all positive (so that `skew` works), and the gradients of its outputs."""
         generator = np.random.default_rng((self.seed, sum(self.tokens)))
-        x = [torch.from_numpy(np.abs(generator.normal(size=(t, D)))).to(self.dtype) for t in self.tokens]
-        grads = [torch.from_numpy(generator.normal(size=(t, D))).to(self.dtype) for t in self.tokens]
-        return x, grads
+        x = [np.abs(generator.normal(size=(t, D))) for t in self.tokens]
+        grads = [generator.normal(size=(t, D)) for t in self.tokens]
+        to = {"device": self.device, "dtype": self.dtype}
+        return [torch.from_numpy(a).to(**to) for a in x], [torch.from_numpy(a).to(**to) for a in grads]
 
 
 @dataclass
@@ -88,7 +90,7 @@ def spread(layer: MoE, group: dist.ProcessGroup, sends: str = "picks", **options
 def run(layer: MoE, x: Tensor, grad: Tensor, case: Case, call: Callable[[Tensor], Tensor] | None = None) -> Result:
     recorder = Recorder(layer)
     leaf = x.clone().requires_grad_()
-    with torch.autocast("cpu", dtype=torch.bfloat16) if case.autocast else nullcontext():
+    with torch.autocast(case.device, dtype=torch.bfloat16) if case.autocast else nullcontext():
         y = (layer if call is None else call)(leaf)
     y.backward(grad.to(y.dtype))
     recorder.update()

@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dmoe.errors import ConfigError
-from dmoe.ops import exchange as exchange_module
+from dmoe.ops import messages
 from dmoe.ops.collectives import all_gather_rows, leave_process_group, reduce_scatter_rows
-from dmoe.ops.exchange import Splits, start_exchange
+from dmoe.ops.exchange import start_exchange
+from dmoe.ops.messages import Splits
 
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
@@ -190,7 +191,7 @@ def frozen_and_repeated(matrix: np.ndarray, rank: int, world: int) -> None:
 @contextmanager
 def logged(log: list[str]) -> Iterator[None]:
     """Write down when messages start and when they are waited for."""
-    send, received = exchange_module._send, exchange_module._received
+    send, received = messages._send, messages._received
 
     def log_send(*args: object) -> Tensor:
         log.append("send")
@@ -200,11 +201,11 @@ def logged(log: list[str]) -> Iterator[None]:
         log.append("wait")
         return received(*args)
 
-    exchange_module._send, exchange_module._received = log_send, log_received
+    messages._send, messages._received = log_send, log_received
     try:
         yield
     finally:
-        exchange_module._send, exchange_module._received = send, received
+        messages._send, messages._received = send, received
 
 
 class Logged(torch.autograd.Function):

@@ -12,10 +12,12 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
-pytest.register_assert_rewrite("rows_kernel_cases", "topk_kernel_cases")
+pytest.register_assert_rewrite("rows_kernel_cases", "topk_kernel_cases", "token_rows_cases")
 
 from rows_kernel_cases import *  # noqa: E402, F403
 from rows_kernel_cases import check_permutation, poison, some_ids  # noqa: E402
+from token_rows_cases import *  # noqa: E402, F403
+from token_rows_cases import check_rows  # noqa: E402
 from topk_kernel_cases import *  # noqa: E402, F403
 from topk_kernel_cases import OPTIONS, check_choice, reference  # noqa: E402
 
@@ -37,6 +39,12 @@ def test_sort_large(T: int, K: int, E: int, kind: str) -> None:
         poison()
         again = counting_sort(ids, E)
         assert all(torch.equal(a, b) for a, b in zip(first, again))
+
+
+@pytest.mark.parametrize("kind", ["uniform", "skewed"])
+@pytest.mark.parametrize(("T", "K", "W", "e"), [(16384, 8, 4, 16), (30011, 2, 8, 1), (5000, 6, 16, 10)])
+def test_rows_by_rank_large(T: int, K: int, W: int, e: int, kind: str) -> None:
+    check_rows(some_ids(T, K, W * e, kind).cuda(), torch.rand(T, K, device="cuda"), W, e)
 
 
 @pytest.mark.parametrize(("T", "K", "D"), [(8192, 8, 2048), (1000, 6, 2880), (777, 8, 7168)])

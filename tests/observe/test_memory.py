@@ -147,12 +147,12 @@ def test_blocks_of_a_snapshot_get_categories() -> None:
     def block(size: int, where: str, state: str = "active_allocated") -> dict[str, Any]:
         return {"size": size, "state": state, "frames": [{"filename": where, "line": 3, "name": "f"}] if where else []}
 
-    made = [block(64, "x.py"), block(8, "dmoe/ops/exchange.py"), block(9, "", "inactive"), block(16, "")]
+    made = [block(64, "x.py"), block(8, "dmoe/ops/messages.py"), block(9, "", "inactive"), block(16, "")]
     found = list(blocks({"segments": [{"address": 1000, "blocks": made}]}, {1000: WEIGHTS, 1072: GRADIENTS}))
     assert [(s.category, s.num_bytes) for s in found] == [
         (WEIGHTS, 64), (EXCHANGE, 8), ("workspaces of kernels", 16)
     ]  # fmt: skip
-    assert found[1].stack == ("dmoe/ops/exchange.py:3 in f",)
+    assert found[1].stack == ("dmoe/ops/messages.py:3 in f",)
 
 
 def watch(step: Step, folder: Path, **options: Any) -> MemoryWatch:

@@ -18,6 +18,7 @@ GPU = torch.device("cuda", 0)
 def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A GPU of compute capability 8.0, and all that Triton needs."""
     properties = SimpleNamespace(major=8)
+    monkeypatch.setattr(platform, "_known_new_enough", platform._is_new_enough)
     monkeypatch.setattr(platform, "_HAS_TRITON", True)
     monkeypatch.setattr(platform, "_HAS_COMPILER", True)
     monkeypatch.setattr(torch.version, "hip", None)

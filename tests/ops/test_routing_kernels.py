@@ -11,5 +11,9 @@ def test_sorting_and_rows() -> None:
     run_interpreted("rows_kernel_cases.py")
 
 
+def test_tokens_as_rows_for_ranks() -> None:
+    run_interpreted("token_rows_cases.py")
+
+
 def test_scores_and_topk() -> None:
     run_interpreted("topk_kernel_cases.py")

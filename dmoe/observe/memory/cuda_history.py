@@ -17,7 +17,8 @@ _MAX_ENTRIES = 200_000
 # Where a block was made, by a part of a file's path or a function's name, tells what it is for; the first hit counts.
 _PLACES = (
     ("/distributed/fsdp/", GATHERED),
-    ("ops/exchange.py", EXCHANGE),
+    ("ops/messages.py", EXCHANGE),
+    ("in _token_rows_triton", EXCHANGE),
     ("ops/all_to_all.py", EXCHANGE),
     ("parallel/loss.py", LOGITS),
     ("in _logits", LOGITS),

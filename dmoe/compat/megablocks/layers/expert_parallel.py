@@ -16,7 +16,8 @@ from dmoe.compat.megablocks.layers import mpu
 from dmoe.compat.megablocks.layers.arguments import Arguments
 from dmoe.ops import sort_by_expert
 from dmoe.ops.all_to_all import exchange_counts
-from dmoe.ops.exchange import Splits, start_exchange
+from dmoe.ops.exchange import start_exchange
+from dmoe.ops.messages import Splits
 from dmoe.ops.permute import gather_rows, sum_rows
 
 LocalExperts = Callable[[Tensor, Tensor, Tensor, int], Tensor]
