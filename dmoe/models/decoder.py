@@ -49,11 +49,23 @@ class DecoderLayer(nn.Module):
             mask_BS: bool, False for padding that goes to no expert.
             ids_BS: token ids, for routing "hash".
         """
-        x_BSD = self._add(x_BSD, self.self_attn(self.input_layernorm(x_BSD), tables, valid_BS))
-        normed_BSD = self.post_attention_layernorm(x_BSD)
+        x_BSD, normed_BSD = self._attend(x_BSD, tables, valid_BS)
         if isinstance(self.mlp, MoE):
             return self._add(x_BSD, self.mlp(normed_BSD, token_mask=mask_BS, token_ids=ids_BS))
         return self._add(x_BSD, self.mlp(normed_BSD))
+
+    def compile_around_experts(self) -> None:
+        """torch.compile a layer with a mixture, but for its experts and the way of the tokens to them. Not to be copied
+        then, as `MoE.leave_experts_uncompiled` says."""
+        assert isinstance(self.mlp, MoE)
+        self._attend = torch.compile(self._attend, fullgraph=True)  # type: ignore[method-assign]
+        self.mlp.leave_experts_uncompiled()
+        self.mlp.compile()
+
+    def _attend(self, x_BSD: Tensor, tables: PositionTables, valid_BS: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x + attention(norm(x)), and its norm."""
+        x_BSD = self._add(x_BSD, self.self_attn(self.input_layernorm(x_BSD), tables, valid_BS))
+        return x_BSD, self.post_attention_layernorm(x_BSD)
 
     def _add(self, x_BSD: Tensor, y_BSD: Tensor) -> Tensor:
         return x_BSD + (y_BSD if self.residual_multiplier == 1 else y_BSD * self.residual_multiplier)

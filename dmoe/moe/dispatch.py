@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dmoe.config import require
+from dmoe.moe.experts import Experts
 from dmoe.moe.router import Routing
 from dmoe.ops.all_to_all import exchange_counts
 from dmoe.ops.collectives import all_gather_rows, reduce_scatter_rows
@@ -104,6 +105,7 @@ class AllToAllDispatcher:
                 received_We = exchange_counts(counts_We, self.group)
                 counts_2W = torch.stack([counts_We.sum(1), received_We.sum(1)])
                 early = gather_early(x_TD, permutation, weights_TK.numel())
+                cast_early(experts)
                 splits = Splits(*counts_2W.tolist())
             permutation = first_rows(permutation, sum(splits.send))
             rows_RD, weights_R = _rows_to_send(x_TD, weights_TK, permutation, early)
@@ -158,6 +160,12 @@ class AllToAllDispatcher:
                 results.append(compute(*args))
         by_block = [y.split([p[c] for p in sent]) for c, y in enumerate(results)]
         return torch.cat([by_block[c][w] for w in range(size) for c in range(num_chunks)])
+
+
+def cast_early(experts: ExpertFunction) -> None:
+    """Give a GPU something to do while the host waits for it."""
+    if isinstance(experts, Experts):
+        experts.cast_early()
 
 
 def _rows_to_send(

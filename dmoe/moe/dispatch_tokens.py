@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dmoe.moe.dispatch import AllToAllDispatcher, ExpertFunction, SharedFunction
+from dmoe.moe.dispatch import AllToAllDispatcher, ExpertFunction, SharedFunction, cast_early
 from dmoe.moe.router import Routing
 from dmoe.ops.all_to_all import exchange_counts
 from dmoe.ops.messages import Splits
@@ -45,6 +45,7 @@ class TokenDispatcher(AllToAllDispatcher):
         with region("exchange"):
             rows = token_rows(x_TD, ids_TK, weights_TK, self.group.size(), num_local)
             received_W2 = exchange_counts(rows.counts_W2, self.group)
+            cast_early(experts)
             (send, _), (receive, picks) = torch.stack([rows.counts_W2, received_W2]).mT.tolist()
         splits = Splits(send, receive)
         sent = send_tokens(x_TD, ids_TK, weights_TK, rows, splits, self.group, num_local, payload=self.payload)

@@ -17,6 +17,7 @@ from dmoe.moe.sharded import replicated_linear
 from dmoe.moe.slots import Slots, sum_slots, take_rows
 from dmoe.moe.stats import LayerStats, StepLoad
 from dmoe.moe.weighed import sum_picks_of_tokens, weigh, weighed_rows
+from dmoe.ops.precision import autocast_dtype
 from dmoe.ops.regions import region
 
 
@@ -114,7 +115,7 @@ class MoE(nn.Module):
         attaches = self.training and torch.is_grad_enabled() and self.config.attaches_losses
         # Before the experts, so that a reduction over ranks runs while they compute.
         sums, sequences = self._start_sums(routing, num_sequences) if attaches else (None, None)
-        y_TD = self._compute(x_TD, routing)
+        y_TD = self._compute(self._to_send(x_TD), routing)
         if sums is not None:
             loss = auxiliary_loss(self.config, routing, sums, sequences)
             y_TD = attach_loss(y_TD, loss, self.aux_loss_scale)
@@ -124,6 +125,11 @@ class MoE(nn.Module):
         if sums is not None and not recomputing():
             self._record(sums)
         return y_TD.view(x.shape)
+
+    def _to_send(self, x_TD: Tensor) -> Tensor:
+        """Tokens in the dtype in which a dispatcher sends them, cast in the graph of the router if there is one."""
+        stays = self.dispatcher is dispatch_local or self.fc1_latent_proj is not None or self.config.weigh_input
+        return x_TD if stays else x_TD.to(autocast_dtype(x_TD))
 
     def _compute(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """Shared and routed experts."""

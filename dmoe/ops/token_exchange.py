@@ -90,11 +90,10 @@ class _Send(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, tokens: Tensor, weights: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        of_tokens, of_picks = ctx.formats
+        (inverse_TW,) = ctx.saved_tensors
         with region("exchange"):
-            grad_RD, grad_RK = receive_back(tokens, of_tokens)[0], receive_back(weights, of_picks)[0]
-            grads = (sum_token_rows(grad, *ctx.saved_tensors) for grad in (grad_RD, grad_RK))
-            return *grads, None, None, None, None
+            grads = [receive_back(message, f)[0] for message, f in zip((tokens, weights), ctx.formats)]
+            return *(sum_token_rows(grad, inverse_TW) for grad in grads), None, None, None, None
 
 
 class _Receive(torch.autograd.Function):

@@ -21,12 +21,12 @@ from dmoe.moe import MoE
 from dmoe.parallel.mesh import ParallelMesh
 
 
-def apply_fsdp(part: Decoder, mesh: ParallelMesh, expert_dtype: torch.dtype | None) -> None:
-    """Shard a part in place: each layer, its experts, and the rest are gathered as units.
+def apply_fsdp(part: Decoder, mesh: ParallelMesh, gather_dtype: torch.dtype | None) -> None:
+    """Shard a part in place: each layer, its experts, the head, and the rest are gathered as units.
 
     Args:
-        expert_dtype: dtype in which experts are gathered, None for their own. Autocast would cast them to it anyway, so
-            gathering fewer bytes changes no number. Other weights are few and are gathered as they are.
+        gather_dtype: dtype in which experts and head are gathered, None for their own. Autocast would cast them to it
+            anyway, so gathering fewer bytes changes no number. Other weights are few and are gathered as they are.
     """
     # A split backward looks for the weights that the forward used: freed ones would lose their gradients.
     split = mesh.config.pp > 1 and mesh.config.schedule in SPLIT_BACKWARD_SCHEDULES
@@ -36,22 +36,40 @@ def apply_fsdp(part: Decoder, mesh: ParallelMesh, expert_dtype: torch.dtype | No
     dense, experts = mesh.data_axes(mesh.dense), mesh.data_axes(mesh.dense if mesh.config.ep == 1 else mesh.experts)
     elsewhere = {p for layer in _moe_layers(part) for p in layer.experts.parameters()}
     if experts is not None:
-        policy = MixedPrecisionPolicy(param_dtype=expert_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for moe in _moe_layers(part):
-            wide = next(moe.experts.parameters()).dtype == torch.float64
             fully_shard(
                 moe.experts, mesh=experts, reshard_after_forward=reshard,
-                mp_policy=MixedPrecisionPolicy() if wide else policy,
+                mp_policy=_policy(moe.experts, gather_dtype),
                 shard_placement_fn=_expert_placements(moe, mesh, experts.shape[-1]),
             )  # fmt: skip
     if dense is not None:
         for layer in part.blocks:
             fully_shard(layer, mesh=dense, reshard_after_forward=reshard, ignored_params=elsewhere)
+        # Head, embeddings and last norm are kept from forward to backward where this follows at once and needs them.
+        reshard = reshard and mesh.config.pp > 1
+        if part.is_last and not part.config.tie_embeddings:
+            policy = _policy(part.lm_head, gather_dtype)
+            fully_shard(part.lm_head, mesh=dense, reshard_after_forward=reshard, mp_policy=policy)
         fully_shard(part, mesh=dense, reshard_after_forward=reshard, ignored_params=elsewhere)
+        part.register_forward_hook(_reshard_without_backward)
         _prefetch(part)
     for module in fsdp_modules(part):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # else it multiplies by 1, in a way that gloo does not know
+
+
+def _policy(unit: nn.Module, gather_dtype: torch.dtype | None) -> MixedPrecisionPolicy:
+    if next(unit.parameters()).dtype == torch.float64:
+        return MixedPrecisionPolicy()
+    return MixedPrecisionPolicy(param_dtype=gather_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+
+def _reshard_without_backward(part: nn.Module, *_: object) -> None:
+    """What was kept for a backward that does not come would miss the next change of the weights."""
+    if not torch.is_grad_enabled():
+        for unit in (part, *part.children()):
+            if isinstance(unit, FSDPModule):
+                unit.reshard()
 
 
 def _expert_placements(moe: MoE, mesh: ParallelMesh, size: int) -> Callable[[nn.Parameter], Shard | None]:

@@ -21,13 +21,13 @@ def parallelize(
     train: TrainConfig,
     *,
     dtype: torch.dtype = torch.float32,
-    expert_dtype: torch.dtype | None = None,
+    gather_dtype: torch.dtype | None = None,
 ) -> list[Decoder]:
     """This rank's parts of the model, on the meta device: one, or one for each pipeline stage that it holds.
 
     Args:
         dtype: of the weights.
-        expert_dtype: in which experts are gathered; see `fsdp.apply_fsdp`.
+        gather_dtype: in which experts and head are gathered; see `fsdp.apply_fsdp`.
 
     Raises:
         ConfigError: model, batch and layout do not fit; names the fields.
@@ -42,7 +42,7 @@ def parallelize(
         apply_expert_parallel(part, mesh)
         if train.compile:
             compile_layers(part, whole=mesh.config.ep == 1 and mesh.data_axes(mesh.dense) is None)
-        apply_fsdp(part, mesh, expert_dtype)
+        apply_fsdp(part, mesh, gather_dtype)
     return parts
 
 
@@ -56,7 +56,5 @@ def compile_layers(part: Decoder, *, whole: bool = True) -> None:
     for layer in part.blocks:
         if whole or not isinstance(layer.mlp, MoE):
             layer.compile(fullgraph=True)
-            continue
-        layer.self_attn.compile(fullgraph=True)
-        layer.mlp.leave_experts_uncompiled()
-        layer.mlp.compile()
+        else:
+            layer.compile_around_experts()

@@ -196,7 +196,7 @@ def build_engine(
     else:
         cast = autocast(train, device)
         parts = parallelize(
-            config.model, mesh, train, dtype=dtype, expert_dtype=torch.bfloat16 if cast._enabled else None
+            config.model, mesh, train, dtype=dtype, gather_dtype=torch.bfloat16 if cast._enabled else None
         )
     for part in parts:
         part.to_empty(device=device)

@@ -216,14 +216,14 @@ def _measure(
     train = replace(config.train, batch_size=micro_batches * config.train.micro_batch_size)
     device = torch.device("cpu")
     on_cpu = config.train.device == "cpu"
-    expert_dtype = torch.bfloat16 if autocast(train, device)._enabled else None
-    parts = parallelize(config.model, mesh, train, expert_dtype=expert_dtype)
+    gather_dtype = torch.bfloat16 if autocast(train, device)._enabled else None
+    parts = parallelize(config.model, mesh, train, gather_dtype=gather_dtype)
     counter = TrafficCounter(mesh)
     sequences, tokens = train.micro_batch_size // mesh.dp_size, train.seq_len // config.parallel.cp
     width = logits_width(config.model.vocab_size, mesh)
     timeline = MemoryTimeline(
         logits_width=width, logits_numel=sequences * tokens * width, on_call=counter.count,
-        expand=operators(config.train.device, expert_dtype is not None), rounding=1 if on_cpu else 512,
+        expand=operators(config.train.device, gather_dtype is not None), rounding=1 if on_cpu else 512,
     )  # fmt: skip
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with as_on(config.train.device), fake, timeline:

@@ -25,7 +25,7 @@ def rank_main(rank: int, world: int, folder: str, only: list[str] | None = None)
     # still for a minute.
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=300))
     # All of the compiler but the generation of C++, which takes half a minute a case.
-    torch.nn.Module.compile = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")  # type: ignore[method-assign]
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")  # Module.compile calls it too
     # Groups for each size of mesh once: each has threads, and hundreds of them slow one another down.
     mesh.init_device_mesh = functools.cache(mesh.init_device_mesh)  # type: ignore[assignment]
     references = torch.load(Path(folder) / "references.pt", weights_only=True)

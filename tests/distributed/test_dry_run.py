@@ -72,11 +72,13 @@ def test_estimate_of_two_ranks_is_that_of_an_account() -> None:
 def test_traffic_by_hand(plans: dict[str, Plan]) -> None:
     micro_batches, moe_layers, width = 5, 2, 32
     tokens = 32  # of a rank, one sequence of 32
-    # HSDP: every unit is gathered from 2 ranks, forward and backward, in each micro-batch; summed over replicas once.
+    # HSDP: every unit is gathered from 2 ranks in each micro-batch, in the forward, and again in the backward but for
+    # embeddings, head and last norm, which are kept; summed over replicas once.
     rank = plans["hsdp 2 x 2, cp 2"].ranks[0]
     gathered = micro_batches * rank.peak["weights"]
-    assert rank.sent["fsdp: all_gather in forward"] == rank.sent["fsdp: all_gather in backward"] == gathered
-    assert rank.sent["fsdp: reduce_scatter"] == gathered
+    kept = micro_batches * (rank.parameters["embeddings"] + width // 2) * 4
+    assert rank.sent["fsdp: all_gather in forward"] == rank.sent["fsdp: reduce_scatter"] == gathered
+    assert rank.sent["fsdp: all_gather in backward"] == gathered - kept
     assert rank.sent["dp_replicate: all_reduce"] == 2 * rank.peak["weights"] // 2
     # Keys and values, 2 heads of 8, go to the other rank that has the sequence; their gradients come back.
     assert rank.sent["cp: all_gather"] == micro_batches * 3 * (2 * tokens * 2 * 8) * 4
