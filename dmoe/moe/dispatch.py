@@ -128,7 +128,8 @@ class AllToAllDispatcher:
     def _compute_and_return(self, exchange: Exchange, ids_S: Tensor, splits: Splits, experts: ExpertFunction) -> Tensor:
         x_SD, weights_S = exchange.wait()
         assert weights_S is not None
-        y_SD = experts(x_SD, ids_S.unsqueeze(1), weights_S.unsqueeze(1))
+        with exchange.inputs_first():
+            y_SD = experts(x_SD, ids_S.unsqueeze(1), weights_S.unsqueeze(1))
         payload = "same" if self.payload == "same" else "bf16"
         return start_exchange(y_SD, None, splits.reversed(), self.group, payload=payload).wait()[0]
 

@@ -51,7 +51,8 @@ class TokenDispatcher(AllToAllDispatcher):
         sent = send_tokens(x_TD, ids_TK, weights_TK, rows, splits, self.group, num_local, payload=self.payload)
         shared_TD = None if shared is None else shared(x_TD)
         x_SD, weights_SK, ids_SK = sent.wait()
-        y_SD = experts(x_SD, ids_SK, weights_SK, sum(picks))
+        with sent.inputs_first():
+            y_SD = experts(x_SD, ids_SK, weights_SK, sum(picks))
         payload = "same" if self.payload == "same" else "bf16"
         y_TD = return_sums(y_SD, rows, splits, self.group, payload=payload)
         return y_TD if shared_TD is None else y_TD + shared_TD

@@ -8,6 +8,8 @@ Legend: R rows here, S rows after the exchange, C row width.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dmoe.config import require
+from dmoe.ops.early import EarlyGradients, inputs_first
 from dmoe.ops.messages import PAYLOADS, Format, Splits, receive, receive_back, send, send_back, ticket_for
 from dmoe.ops.regions import region
 
@@ -25,14 +28,20 @@ class Exchange:
     def __init__(self, ticket: Tensor, buffer: Tensor, format: Format) -> None:
         self._ticket: Tensor | None = ticket
         self._buffer, self._format = buffer, format
+        # Inside the compiler there is none: it knows nothing of objects that a backward changes.
+        self._early = None if torch.compiler.is_compiling() else EarlyGradients(partial(_send_back, format))
 
     def wait(self) -> tuple[Tensor, Tensor | None]:
         """(rows [S, C], weights [S] or None), in the dtypes that were sent, blocks in the order of the senders."""
         # A second message of gradients would be added to the first one's bits.
         assert self._ticket is not None, "an Exchange is waited for once"
         ticket, self._ticket = self._ticket, None
-        rows, weights = _Finish.apply(ticket, self._buffer, self._format)
+        rows, weights = _Finish.apply(ticket, self._buffer, self._format, self._early)
         return rows, weights if self._format.weight_dtype is not None else None
+
+    def inputs_first(self) -> AbstractContextManager[object]:
+        """Experts called in here with what `wait` returned let gradients go back before those of their weights."""
+        return nullcontext() if self._early is None else inputs_first(self._early.computed)
 
 
 def start_exchange(
@@ -83,12 +92,22 @@ class _Finish(torch.autograd.Function):
     """The rows of a message that has arrived."""
 
     @staticmethod
-    def forward(ctx: Any, ticket: Tensor, buffer: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
-        ctx.format = format
+    def forward(
+        ctx: Any, ticket: Tensor, buffer: Tensor, format: Format, early: EarlyGradients | None
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.format, ctx.early = format, early
         with region("exchange"):
             return receive(buffer, format)
 
     @staticmethod
-    def backward(ctx: Any, grad_SC: Tensor, grad_S: Tensor | None) -> tuple[Tensor, None, None]:
-        with region("exchange"):
-            return send_back(grad_SC, grad_S, ctx.format), None, None
+    def backward(ctx: Any, grad_SC: Tensor, grad_S: Tensor | None) -> tuple[Tensor, None, None, None]:
+        if ctx.early is None or grad_S is None:
+            (message,) = _send_back(ctx.format, grad_SC, grad_S)
+        else:
+            (message,) = ctx.early.messages(grad_SC, grad_S)
+        return message, None, None, None
+
+
+def _send_back(format: Format, grad_SC: Tensor, grad_S: Tensor | None) -> tuple[Tensor]:
+    with region("exchange"):
+        return (send_back(grad_SC, None if grad_S is None else grad_S.flatten(), format),)

@@ -9,12 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dmoe.ops.early import receiver_of_inputs
 from dmoe.ops.regions import region
 
 Operator = Callable[..., tuple[Tensor, ...]]
 
 
-def expert_function(forward_op: Operator, backward_op: Operator, name: str) -> type[torch.autograd.Function]:
+def expert_function(
+    forward_op: Operator, backward_op: Operator, name: str, inputs_first: Operator | None = None
+) -> type[torch.autograd.Function]:
     """A differentiable function of (x, ids, weights, gate_up, down, gate_up_bias, down_bias, activation, *options).
 
     A Function rather than a formula registered with the operator, because `torch.func.grad` and its kin accept only
@@ -26,6 +29,8 @@ def expert_function(forward_op: Operator, backward_op: Operator, name: str) -> t
         backward_op: takes dy, the seven tensors, what the forward returned beside y, the activation, and of which
             inputs a gradient is wanted (all but the ids, in order); returns those gradients.
         name: what to call it in the error of a second derivative, as `backend "torch"`.
+        inputs_first: as `backward_op`, with a last argument that it calls with the gradients of x and weights as soon
+            as it has them; for experts called inside `dmoe.ops.early.inputs_first`.
     """
 
     class Backward(torch.autograd.Function):
@@ -57,6 +62,7 @@ def expert_function(forward_op: Operator, backward_op: Operator, name: str) -> t
             ctx.mark_non_differentiable(*output[1:])
             ctx.set_materialize_grads(False)  # else zeros as large as what is kept, for gradients that nobody asks for
             ctx.activation, ctx.num_options = activation, len(inputs) - 8
+            ctx.receiver = receiver_of_inputs()
 
         @staticmethod
         def backward(ctx: Any, grad_TD: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -66,7 +72,12 @@ def expert_function(forward_op: Operator, backward_op: Operator, name: str) -> t
             args = (grad_TD, *ctx.saved_tensors, ctx.activation, wanted)
             # The compiler cannot trace a Function inside a backward, and refuses second derivatives by itself.
             with region("experts"):
-                grads = backward_op(*args) if torch.compiler.is_compiling() else Backward.apply(*args)
+                if torch.compiler.is_compiling():
+                    grads = backward_op(*args)
+                elif inputs_first is None or ctx.receiver is None or not all(wanted[:2]) or torch.is_grad_enabled():
+                    grads = Backward.apply(*args)
+                else:
+                    grads = inputs_first(*args, ctx.receiver)
             dx, *others = (g if w else None for g, w in zip(grads, wanted))
             return dx, None, *others, None, *([None] * ctx.num_options)
 

@@ -9,12 +9,15 @@ Legend: T tokens, K picks a token, W ranks, R rows here, S rows after the exchan
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dmoe.ops.early import EarlyGradients, inputs_first
 from dmoe.ops.messages import Format, Splits, receive, receive_back, send, send_back, ticket_for
 from dmoe.ops.regions import region
 from dmoe.ops.token_rows import TokenRows, rows_to_send, spread_token_rows, sum_token_rows
@@ -25,11 +28,17 @@ class SentTokens:
 
     def __init__(self, tickets: tuple[Tensor, Tensor], buffers: tuple[Tensor, Tensor], formats: _Formats) -> None:
         self._tickets, self._buffers, self._formats = tickets, buffers, formats
+        # Inside the compiler there is none: it knows nothing of objects that a backward changes.
+        self._early = None if torch.compiler.is_compiling() else EarlyGradients(partial(_send_back, formats))
 
     def wait(self) -> tuple[Tensor, Tensor, Tensor]:
         """x_SD, weights_SK, and ids_SK int32: the number of a pick's expert on this rank, or that of its experts if it
         is not of them. Blocks in the order of the senders."""
-        return _Receive.apply(*self._tickets, *self._buffers, self._formats)
+        return _Receive.apply(*self._tickets, *self._buffers, self._formats, self._early)
+
+    def inputs_first(self) -> AbstractContextManager[object]:
+        """Experts called in here with what `wait` returned let gradients go back before those of their weights."""
+        return nullcontext() if self._early is None else inputs_first(self._early.computed)
 
 
 _Formats = tuple[Format, Format]
@@ -100,8 +109,11 @@ class _Receive(torch.autograd.Function):
     """Tokens, weights and ids that have arrived."""
 
     @staticmethod
-    def forward(ctx: Any, _x: Tensor, _w: Tensor, of_tokens: Tensor, of_picks: Tensor, formats: _Formats) -> Any:
-        ctx.formats = formats
+    def forward(
+        ctx: Any, _x: Tensor, _w: Tensor, of_tokens: Tensor, of_picks: Tensor, formats: _Formats,
+        early: EarlyGradients | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        ctx.formats, ctx.early = formats, early
         top_k = formats[1].width
         with region("exchange"):
             x_SD, picks_SC = (receive(m, f)[0] for m, f in zip((of_tokens, of_picks), formats))
@@ -111,9 +123,14 @@ class _Receive(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_SD: Tensor, grad_SK: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        with region("exchange"):
-            messages = [send_back(grad, None, f) for grad, f in zip((grad_SD, grad_SK), ctx.formats)]
-            return *messages, None, None, None
+        grads = grad_SD, grad_SK
+        messages = _send_back(ctx.formats, *grads) if ctx.early is None else ctx.early.messages(*grads)
+        return *messages, None, None, None, None
+
+
+def _send_back(formats: _Formats, grad_SD: Tensor, grad_SK: Tensor) -> tuple[Tensor, ...]:
+    with region("exchange"):
+        return tuple(send_back(grad, None, f) for grad, f in zip((grad_SD, grad_SK), formats))
 
 
 class _ReturnSums(torch.autograd.Function):

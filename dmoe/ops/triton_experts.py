@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from dmoe.ops.aligned import with_aligned_widths
+from dmoe.ops.early import InputGradients
 from dmoe.ops.expert_autograd import expert_function, fake_backward, fake_forward, grad_weights_of_picks
 from dmoe.ops.kernels.decode import DECODE_MAX_MEAN, DECODE_MAX_TOKENS, decode_mlp
 from dmoe.ops.kernels.down_backward import down_backward
@@ -107,8 +108,73 @@ def _expert_mlp(
 _expert_mlp.register_fake(fake_forward(torch.int32))
 
 
-@torch.library.custom_op("dmoe::expert_mlp_triton_backward", mutates_args=())
 @on_its_device
+def _gradients(
+    grad_TD: Tensor,
+    x_TD: Tensor,
+    topk_ids_TK: Tensor,
+    topk_weights_TK: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    h_RH: Tensor,
+    order_R: Tensor,
+    inverse_TK: Tensor,
+    offsets_E: Tensor,
+    activation: str,
+    needs: list[bool],
+    receiver: InputGradients | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, topk_weights, gate_up_proj, down_proj and the two biases; empty where `needs` says no.
+
+    With a `receiver` those of x and topk_weights first, and handed to it then, at the price of more memory for a while.
+    """
+    needs_x, needs_weights, needs_gate_up, needs_down, needs_gate_up_bias, needs_down_bias = needs
+    none = [x_TD.new_empty(0) for _ in needs]  # an operator may not return one tensor twice
+    grad_x, grad_weights, grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias = none
+    tiles = _tiles(x_TD, order_R.numel(), down_proj)
+    blocks = row_tiles(offsets_E, order_R.numel(), tiles.block_m)
+    scale_R = topk_weights_TK.reshape(-1).index_select(0, order_R)
+    # Contiguous whatever the strides of the gradient: that of y.sum() is an expanded scalar.
+    grad_TD = grad_TD.contiguous()
+    gate_up_proj, down_proj = _aligned(gate_up_proj), _aligned(down_proj)
+
+    grad_RD = spread_rows(grad_TD, inverse_TK, num_rows=order_R.numel())
+    grad_h_RH, a_RF, grad_s_R = down_backward_here(
+        grad_RD, scale_R, down_proj, h_RH, blocks, activation, tiles.down_backward
+    )  # fmt: skip
+
+    def input_gradients() -> tuple[Tensor, Tensor]:
+        dx, dw = grad_x, grad_weights
+        if needs_x:
+            dx = sum_picks_triton(
+                rows_times_weights(grad_h_RH, gate_up_proj, blocks, False, tiles.up_backward), inverse_TK
+            )  # fmt: skip
+        if needs_weights:
+            dw = grad_weights_of_picks(grad_s_R, inverse_TK, topk_ids_TK, grad_TD, down_bias)
+        return dx, dw
+
+    if receiver is not None:
+        grad_x, grad_weights = input_gradients()
+        receiver(grad_x, grad_weights)
+    if needs_down:
+        grad_down = weight_gradient(grad_RD, a_RF, offsets_E, tiles.down_gradient)
+    del grad_RD, a_RF  # as large as x K times over: room for what follows
+    if receiver is None:
+        grad_x, grad_weights = input_gradients()
+    if needs_gate_up:
+        x_RD = spread_rows(x_TD, inverse_TK, num_rows=order_R.numel())
+        grad_gate_up = weight_gradient(grad_h_RH, x_RD, offsets_E, tiles.gate_up_gradient)
+    if needs_gate_up_bias:
+        ones_R8 = grad_h_RH.new_ones(grad_h_RH.shape[0], 8)
+        grad_gate_up_bias = weight_gradient(grad_h_RH, ones_R8, offsets_E, tiles.gate_up_gradient)[:, :, 0].contiguous()
+    if needs_down_bias:
+        grad_down_bias = _grad_down_bias(grad_TD, topk_ids_TK, topk_weights_TK, down_proj.shape[0])
+    return grad_x, grad_weights, grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias
+
+
+@torch.library.custom_op("dmoe::expert_mlp_triton_backward", mutates_args=())
 def _expert_mlp_backward(
     grad_TD: Tensor,
     x_TD: Tensor,
@@ -125,39 +191,11 @@ def _expert_mlp_backward(
     activation: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, topk_weights, gate_up_proj, down_proj and the two biases; empty where `needs` says no."""
-    needs_x, needs_weights, needs_gate_up, needs_down, needs_gate_up_bias, needs_down_bias = needs
-    none = [x_TD.new_empty(0) for _ in needs]  # an operator may not return one tensor twice
-    grad_x, grad_weights, grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias = none
-    tiles = _tiles(x_TD, order_R.numel(), down_proj)
-    blocks = row_tiles(offsets_E, order_R.numel(), tiles.block_m)
-    scale_R = topk_weights_TK.reshape(-1).index_select(0, order_R)
-    # Contiguous whatever the strides of the gradient: that of y.sum() is an expanded scalar.
-    grad_TD = grad_TD.contiguous()
-    gate_up_proj, down_proj = _aligned(gate_up_proj), _aligned(down_proj)
-
-    grad_RD = spread_rows(grad_TD, inverse_TK, num_rows=order_R.numel())
-    grad_h_RH, a_RF, grad_s_R = down_backward_here(
-        grad_RD, scale_R, down_proj, h_RH, blocks, activation, tiles.down_backward
+    """`_gradients`, those of the inputs after that of the down projection, which takes less memory."""
+    return _gradients(
+        grad_TD, x_TD, topk_ids_TK, topk_weights_TK, gate_up_proj, down_proj, gate_up_bias, down_bias, h_RH, order_R,
+        inverse_TK, offsets_E, activation, needs, None,
     )  # fmt: skip
-    if needs_down:
-        grad_down = weight_gradient(grad_RD, a_RF, offsets_E, tiles.down_gradient)
-    del grad_RD, a_RF  # as large as x K times over: room for what follows
-    if needs_x:
-        grad_x = sum_picks_triton(
-            rows_times_weights(grad_h_RH, gate_up_proj, blocks, False, tiles.up_backward), inverse_TK
-        )  # fmt: skip
-    if needs_gate_up:
-        x_RD = spread_rows(x_TD, inverse_TK, num_rows=order_R.numel())
-        grad_gate_up = weight_gradient(grad_h_RH, x_RD, offsets_E, tiles.gate_up_gradient)
-    if needs_weights:
-        grad_weights = grad_weights_of_picks(grad_s_R, inverse_TK, topk_ids_TK, grad_TD, down_bias)
-    if needs_gate_up_bias:
-        ones_R8 = grad_h_RH.new_ones(grad_h_RH.shape[0], 8)
-        grad_gate_up_bias = weight_gradient(grad_h_RH, ones_R8, offsets_E, tiles.gate_up_gradient)[:, :, 0].contiguous()
-    if needs_down_bias:
-        grad_down_bias = _grad_down_bias(grad_TD, topk_ids_TK, topk_weights_TK, down_proj.shape[0])
-    return grad_x, grad_weights, grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias
 
 
 _expert_mlp_backward.register_fake(fake_backward)
@@ -186,7 +224,10 @@ def _(x_TD: Tensor, *args: Any) -> Tensor:
 
 
 _ExpertMLP = expert_function(
-    torch.ops.dmoe.expert_mlp_triton.default, torch.ops.dmoe.expert_mlp_triton_backward.default, 'backend "triton"'
+    torch.ops.dmoe.expert_mlp_triton.default,
+    torch.ops.dmoe.expert_mlp_triton_backward.default,
+    'backend "triton"',
+    _gradients,
 )
 
 

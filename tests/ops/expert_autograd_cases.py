@@ -3,6 +3,7 @@
 Run as `expert_kernel_cases.py` is.
 """
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,8 @@ from interpreted import DEVICE
 from torch import Tensor
 
 from dmoe.errors import ConfigError
-from dmoe.ops import expert_mlp
+from dmoe.ops import expert_mlp, triton_experts
+from dmoe.ops.early import inputs_first
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -48,6 +50,43 @@ def test_a_second_derivative_is_refused(backend: str) -> None:
     (first,) = torch.autograd.grad(forward(q, backend).float().square().sum(), leaves["x"], create_graph=True)
     with pytest.raises(RuntimeError, match=f'backend "{backend}" is not differentiable twice'):
         torch.autograd.grad(first.float().square().sum() + leaves["x"].float().sum(), leaves["x"])
+
+
+@pytest.mark.parametrize("trainable", [True, False], ids=["", "frozen weights"])
+def test_gradients_of_inputs_may_come_first(trainable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits, handed over before any gradient of a weight is computed."""
+    chosen = ("x", "topk_weights", "gate_up", "down", "gate_up_bias", "down_bias")[: None if trainable else 2]
+    problem, log = make_problem(T=30, E=7, K=3, bias=True, dtype=MAIN_DTYPE), []
+    of_weights = triton_experts.weight_gradient
+
+    def logged(*args: Any) -> Tensor:
+        log.append("weights")
+        return of_weights(*args)
+
+    def run(early: bool) -> dict[str, Tensor]:
+        q, leaves = on_device(problem, chosen)
+        receiver = lambda *grads: log.append(tuple(g.clone() for g in grads))  # noqa: E731
+        with inputs_first(receiver) if early else nullcontext():
+            y = forward(q, "triton")
+        y.backward(torch.ones_like(y), retain_graph=True)
+        return {name: leaf.grad for name, leaf in leaves.items()}
+
+    want = run(False)
+    monkeypatch.setattr(triton_experts, "weight_gradient", logged)
+    got = run(True)
+    assert all(torch.equal(got[name], want[name]) for name in want)
+    (first, *rest) = log
+    assert torch.equal(first[0], want["x"])
+    assert torch.equal(first[1], want["topk_weights"])
+    assert rest == ["weights"] * (3 if trainable else 0)  # of two projections, and of the bias of the first
+
+
+def test_no_gradients_are_handed_over_that_nobody_wants() -> None:
+    q, leaves = on_device(make_problem(dtype=MAIN_DTYPE), ("x", "gate_up"))
+    with inputs_first(lambda *_: pytest.fail("the routing weights have no gradient")):
+        y = forward(q, "triton")
+    y.backward(torch.ones_like(y))
+    assert leaves["x"].grad is not None
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
