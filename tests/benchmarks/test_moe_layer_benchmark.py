@@ -125,7 +125,7 @@ def test_failing_peers_are_reported_and_not_fatal(tmp_path, monkeypatch, capsys)
     full, bug = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), ValueError("no such\nlayout")
     _with(
         monkeypatch, full=_Peer("full", error=full), later=_Peer("later", at=2, error=full),
-        bug=_Peer("bug", error=bug), absent=absent, slow=_Peer("slow", sleep=30.0), wrong=_Peer("wrong", factor=1.2),
+        bug=_Peer("bug", error=bug), absent=absent, slow=_Peer("slow", sleep=3.0), wrong=_Peer("wrong", factor=1.2),
     )  # fmt: skip
     report = run(tmp_path, "--first-call-limit", "0.5", "--kinds", "error,forward,memory,decode")
     output = capsys.readouterr().out
