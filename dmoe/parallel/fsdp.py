@@ -67,9 +67,8 @@ def _policy(unit: nn.Module, gather_dtype: torch.dtype | None) -> MixedPrecision
 def _reshard_without_backward(part: nn.Module, *_: object) -> None:
     """What was kept for a backward that does not come would miss the next change of the weights."""
     if not torch.is_grad_enabled():
-        for unit in (part, *part.children()):
-            if isinstance(unit, FSDPModule):
-                unit.reshard()
+        for unit in fsdp_modules(part):
+            unit.reshard()
 
 
 def _expert_placements(moe: MoE, mesh: ParallelMesh, size: int) -> Callable[[nn.Parameter], Shard | None]:

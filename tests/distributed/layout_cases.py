@@ -170,8 +170,19 @@ def run_case(config: RunConfig, *, spread: bool) -> dict[str, Any]:
         counts = [n for s in summaries.values() for n in s.tokens_per_expert]
         losses = {name: [getattr(s, name) for s in summaries.values()] for name in LOSSES}
         metrics.append({"loss": result.loss, "grad_norm": result.grad_norm, "counts": counts, **losses})
-    evaluation = engine.evaluate(engine.batch(tokens, np.arange(config.train.micro_batch_size)))
-    return {"metrics": metrics, "weights": whole_weights(engine), "evaluation": evaluation.item()}
+    unseen = engine.batch(tokens, np.arange(config.train.micro_batch_size))
+    evaluation = engine.evaluate(unseen).item()
+    scale_weights(optimizer, 0.5)  # weights that were gathered for the first evaluation must not serve the second
+    evaluation += engine.evaluate(unseen).item()
+    scale_weights(optimizer, 2.0)
+    return {"metrics": metrics, "weights": whole_weights(engine), "evaluation": evaluation}
+
+
+def scale_weights(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    with torch.no_grad():
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.mul_(factor)
 
 
 def starve_experts(engine: Engine) -> None:
