@@ -144,12 +144,12 @@ class Clock:
         self.device, self.total = device, 0.0
 
     def __enter__(self) -> Clock:
-        self.saved = messages._send, messages._received
-        messages._send, messages._received = (self._timed(function) for function in self.saved)
+        self.saved = messages._send, messages.wait
+        messages._send, messages.wait = (self._timed(function) for function in self.saved)
         return self
 
     def __exit__(self, *_: object) -> None:
-        messages._send, messages._received = self.saved
+        messages._send, messages.wait = self.saved
 
     def _timed(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def timed(*args: Any) -> Tensor:

@@ -60,7 +60,8 @@ def jobs(ranks: int, smoke: bool) -> list[Job]:
                  "--warmup", "1"]  # fmt: skip
         layouts = ["--precision", "bf16", "--width", "64", "--seq-len", "32", "--steps", "2"]
     counts = [n for n in (1, 2, 4, 8) if n <= ranks]
-    scaled = [] if smoke else ["--layers", "4"]
+    # More steps: the first ones are slower while kernels are compiled for new shapes.
+    scaled = [] if smoke else ["--layers", "4", "--steps", "16"]
     weak = [
         Job(f"weak-{n}", n, ["benchmarks/scaling.py", *model, *scaled, "--layouts", "fsdp;ep;ep tokens"], 100)
         for n in counts

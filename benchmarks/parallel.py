@@ -36,6 +36,8 @@ from dmoe.train.engine import build_engine
 from dmoe.train.optim import build_optimizer
 from dmoe.train.step import training_step
 
+OPTIM = OptimConfig(lr=3e-4)
+"""Without a warm-up, larger steps make a wide model's loss jump, and every rounding with it."""
 LAYOUTS: dict[str, dict[str, Any]] = {
     "dp": {"dp_replicate": -1},
     "fsdp": {},
@@ -89,14 +91,14 @@ def measure(config: RunConfig, layout: ParallelConfig | None, device: torch.devi
     """Median seconds of a step on the slowest rank, and the last loss."""
     mesh = None if layout is None else build_mesh(layout, device_type=device.type)
     engine = build_engine(config, device, mesh)
-    optimizer = build_optimizer(engine.parts, OptimConfig())
+    optimizer = build_optimizer(engine.parts, OPTIM)
     tokens = text()
     draw, times = np.random.default_rng(1), []
     for _ in range(config.train.steps + 2):  # two to warm up
         starts = draw.integers(0, len(tokens) - config.train.seq_len - 1, config.train.batch_size)
         batch = engine.batch(tokens, starts)
         start = time.perf_counter()
-        result = training_step(engine, optimizer, batch, OptimConfig())  # ends with a reduction over all ranks
+        result = training_step(engine, optimizer, batch, OPTIM)  # ends with a reduction over all ranks
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)

@@ -52,7 +52,8 @@ KERNELS = {
     "_up_per_token _down_per_token _up_grouped _down_grouped",
     "activation": "_down_backward_kernel _kernel _activate_rows _activate_backward_rows",
     "routing": "_route_kernel _route_backward_kernel",
-    "metadata": "_sort_in_one_block _count_blocks _add_up_blocks _place_rows _row_tiles_kernel _group",
+    "metadata": "_sort_in_one_block _count_blocks _add_up_blocks _place_rows _row_tiles_kernel _group "
+    "_count_token_rows _place_token_rows",
     "rows": "_sum_picks _spread_rows _quantise_rows",
     "other": "_quantise_columns",
 }  # fmt: skip

@@ -40,7 +40,7 @@ class ParallelConfig:
     """With tp: never assemble the logits of the whole vocabulary on a rank."""
     reshard_after_forward: bool = True
     """With FSDP: free a layer's gathered weights after its forward and gather them again for the backward. Pipeline
-    schedules that split the backward keep them; so are, without a pipeline, embeddings and head."""
+    schedules that split the backward keep them. Embeddings, head and last norm are kept without a pipeline."""
     schedule: Schedule = "1f1b"
     """Pipeline schedule. Several stages a rank: interleaved_1f1b, looped_bfs, interleaved_zero_bubble; two in the shape
     of a V: zbv, dualpipev."""

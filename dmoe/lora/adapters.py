@@ -27,6 +27,7 @@ from dmoe.lora.names import matches, nearest_names
 from dmoe.lora.placement import computed_part, new_factor, split_axis
 from dmoe.models import Decoder
 from dmoe.moe import Experts, FeedForward, Router
+from dmoe.moe.experts import Weights
 from dmoe.moe.sharded import is_plain
 from dmoe.moe.streams import Normal, fill_shard
 from dmoe.parallel import ParallelMesh
@@ -86,13 +87,14 @@ class LoRAExperts(Experts):
     lora_scale: float
 
     def forward(
-        self, x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, num_rows: int | None = None
-    ) -> Tensor:
+        self, x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, num_rows: int | None = None,
+        cast: Weights | None = None,
+    ) -> Tensor:  # fmt: skip
         return lora_expert_mlp(
             x_TD,
             topk_ids_TK,
             topk_weights_TK,
-            *self.local_weights(),
+            *(self.local_weights() if cast is None else cast),
             self.adapters(),
             scale=self.lora_scale,
             activation=self.config.activation,

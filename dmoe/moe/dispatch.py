@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -105,7 +106,7 @@ class AllToAllDispatcher:
                 received_We = exchange_counts(counts_We, self.group)
                 counts_2W = torch.stack([counts_We.sum(1), received_We.sum(1)])
                 early = gather_early(x_TD, permutation, weights_TK.numel())
-                cast_early(experts)
+                experts = cast_early(experts)
                 splits = Splits(*counts_2W.tolist())
             permutation = first_rows(permutation, sum(splits.send))
             rows_RD, weights_R = _rows_to_send(x_TD, weights_TK, permutation, early)
@@ -163,10 +164,10 @@ class AllToAllDispatcher:
         return torch.cat([by_block[c][w] for w in range(size) for c in range(num_chunks)])
 
 
-def cast_early(experts: ExpertFunction) -> None:
-    """Give a GPU something to do while the host waits for it."""
-    if isinstance(experts, Experts):
-        experts.cast_early()
+def cast_early(experts: ExpertFunction) -> ExpertFunction:
+    """The experts, with weights cast now: it gives a GPU something to do while the host waits for it."""
+    cast = experts.cast_weights() if isinstance(experts, Experts) else None
+    return experts if cast is None else partial(experts, cast=cast)
 
 
 def _rows_to_send(

@@ -45,10 +45,11 @@ class TokenDispatcher(AllToAllDispatcher):
         with region("exchange"):
             rows = token_rows(x_TD, ids_TK, weights_TK, self.group.size(), num_local)
             received_W2 = exchange_counts(rows.counts_W2, self.group)
-            cast_early(experts)
+            experts = cast_early(experts)
             (send, _), (receive, picks) = torch.stack([rows.counts_W2, received_W2]).mT.tolist()
         splits = Splits(send, receive)
         sent = send_tokens(x_TD, ids_TK, weights_TK, rows, splits, self.group, num_local, payload=self.payload)
+        rows = rows._replace(early=None)  # what was sent
         shared_TD = None if shared is None else shared(x_TD)
         x_SD, weights_SK, ids_SK = sent.wait()
         with sent.inputs_first():

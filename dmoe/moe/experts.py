@@ -12,7 +12,8 @@ from dmoe.ops.activations import activate
 from dmoe.ops.precision import autocast_dtype, in_autocast
 from dmoe.ops.regions import region
 
-_Weights = tuple[Tensor, Tensor, "Tensor | None", "Tensor | None"]
+Weights = tuple[Tensor, Tensor, "Tensor | None", "Tensor | None"]
+"""Up and down projections, and their biases."""
 
 
 class Experts(nn.Module):
@@ -39,38 +40,36 @@ class Experts(nn.Module):
         self.register_parameter("down_bias", empty(E, D) if config.bias else None)
         # Set when ranks hold parts of each expert's width, whose results are added: one of them adds the bias.
         self.adds_down_bias: bool | None = None
-        self._cast: _Weights | None = None
 
     def forward(
-        self, x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, num_rows: int | None = None
-    ) -> Tensor:
-        """Of the experts that this rank holds; ids count from its first. `num_rows`: see `dmoe.ops.expert_mlp`."""
+        self, x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, num_rows: int | None = None,
+        cast: Weights | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Of the experts that this rank holds; ids count from its first. `num_rows`: see `dmoe.ops.expert_mlp`. `cast`:
+        what `cast_weights` returned."""
         with region("experts"):
             return expert_mlp(
                 x_TD,
                 topk_ids_TK,
                 topk_weights_TK,
-                *self.local_weights(),
+                *(self.local_weights() if cast is None else cast),
                 activation=self.config.activation,
                 backend=self.config.backend,
                 precision=self.config.precision,
                 num_rows=num_rows,
             )
 
-    def cast_early(self) -> None:
-        """Under autocast, cast the weights for the next call now: while the host waits for something, a GPU is free."""
-        self._cast = None  # of a call that was cut short
-        # Those that FSDP shards are gathered when the module is called, already cast.
-        if not hasattr(self, "unshard") and not torch.compiler.is_compiling() and in_autocast(self.down_proj):
-            dtype = autocast_dtype(self.down_proj)
-            up, down, up_bias, down_bias = self.local_weights()
-            self._cast = up.to(dtype), down.to(dtype), up_bias, down_bias
+    def cast_weights(self) -> Weights | None:
+        """Under autocast the weights for a call, so that they can be cast before it. None where nothing is to be cast
+        yet: those that FSDP shards are gathered when the module is called, in that dtype."""
+        if hasattr(self, "unshard") or torch.compiler.is_compiling() or not in_autocast(self.down_proj):
+            return None
+        dtype = autocast_dtype(self.down_proj)
+        up, down, up_bias, down_bias = self.local_weights()
+        return up.to(dtype), down.to(dtype), up_bias, down_bias
 
-    def local_weights(self) -> _Weights:
+    def local_weights(self) -> Weights:
         """What this rank computes with: up and down projections, and their biases."""
-        if self._cast is not None:
-            weights, self._cast = self._cast, None
-            return weights
         up_bias, down_bias = getattr(self, f"{self._up_name}_bias"), self.down_bias
         if down_bias is not None:
             down_bias = local(down_bias) if self.adds_down_bias is None else replicated(down_bias) * self.adds_down_bias

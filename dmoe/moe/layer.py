@@ -115,7 +115,7 @@ class MoE(nn.Module):
         attaches = self.training and torch.is_grad_enabled() and self.config.attaches_losses
         # Before the experts, so that a reduction over ranks runs while they compute.
         sums, sequences = self._start_sums(routing, num_sequences) if attaches else (None, None)
-        y_TD = self._compute(self._to_send(x_TD), routing)
+        y_TD = self._compute(self._to_send(x_TD, routing), routing)
         if sums is not None:
             loss = auxiliary_loss(self.config, routing, sums, sequences)
             y_TD = attach_loss(y_TD, loss, self.aux_loss_scale)
@@ -126,10 +126,11 @@ class MoE(nn.Module):
             self._record(sums)
         return y_TD.view(x.shape)
 
-    def _to_send(self, x_TD: Tensor) -> Tensor:
-        """Tokens in the dtype in which a dispatcher sends them, cast in the graph of the router if there is one."""
-        stays = self.dispatcher is dispatch_local or self.fc1_latent_proj is not None or self.config.weigh_input
-        return x_TD if stays else x_TD.to(autocast_dtype(x_TD))
+    def _to_send(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        """Tokens in the dtype in which a dispatcher sends them, cast in the graph of the router if there is one. Not
+        those of which something else is made before, in their own precision."""
+        changes = self.fc1_latent_proj is not None or self.config.weigh_input or routing.slots is not None
+        return x_TD if changes or self.dispatcher is dispatch_local else x_TD.to(autocast_dtype(x_TD))
 
     def _compute(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """Shared and routed experts."""

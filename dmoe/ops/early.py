@@ -14,6 +14,8 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
+from dmoe.ops.messages import wait
+
 InputGradients = Callable[[Tensor, Tensor], None]
 """Takes the gradients of tokens and of routing weights."""
 
@@ -40,25 +42,38 @@ class EarlyGradients:
     """Messages of gradients, started when `computed` is called, or else when they are asked for.
 
     Args:
-        send: starts them; takes the gradients of tokens [S, D] and of routing weights [S, ...]. It is called on every
-            rank alike, for it is collective.
+        send: starts them; takes the gradients of tokens [S, D] and of routing weights [S, ...]. It is collective, and
+            called on all ranks or on none.
+        width, weight_dtype: D and the dtype of the routing weights, as they were received. Experts that padded or cast
+            them have other gradients, which do not start.
     """
 
-    def __init__(self, send: Callable[[Tensor, Tensor], tuple[Tensor, ...]]) -> None:
-        self._send = send
+    def __init__(
+        self, send: Callable[[Tensor, Tensor], tuple[Tensor, ...]], width: int, weight_dtype: torch.dtype
+    ) -> None:
+        self._send, self._form = send, (width, weight_dtype)
         self._started: tuple[tuple[object, ...], Tensor, Tensor, tuple[Tensor, ...]] | None = None
 
     def computed(self, grad_SD: Tensor, grad_weights: Tensor) -> None:
-        """Start the messages. The gradients are kept until they are asked for."""
-        self._started = _mark(grad_SD, grad_weights), grad_SD, grad_weights, self._send(grad_SD, grad_weights)
+        """Start the messages. With the gradients they are kept until they are asked for."""
+        self._drop()
+        if (grad_SD.shape[1], grad_weights.dtype) == self._form:
+            self._started = _mark(grad_SD, grad_weights), grad_SD, grad_weights, self._send(grad_SD, grad_weights)
 
     def messages(self, grad_SD: Tensor, grad_weights: Tensor) -> tuple[Tensor, ...]:
         """Those under way, if they hold these gradients: what lies between the experts and the exchange may have made
         others of them. It does so on all ranks or on none."""
-        started, self._started = self._started, None
-        if started is not None and started[0] == _mark(grad_SD, grad_weights):
-            return started[-1]
+        if self._started is not None and self._started[0] == _mark(grad_SD, grad_weights):
+            under_way, self._started = self._started[-1], None
+            return under_way
+        self._drop()
         return self._send(grad_SD, grad_weights)
+
+    def _drop(self) -> None:
+        """Messages that nobody will ask for are waited for: torch keeps those that are not."""
+        for message in () if self._started is None else self._started[-1]:
+            wait(message)
+        self._started = None
 
 
 def _mark(grad_SD: Tensor, grad_weights: Tensor) -> tuple[object, ...]:

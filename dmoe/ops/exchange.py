@@ -27,16 +27,20 @@ class Exchange:
 
     def __init__(self, ticket: Tensor, buffer: Tensor, format: Format) -> None:
         self._ticket: Tensor | None = ticket
-        self._buffer, self._format = buffer, format
-        # Inside the compiler there is none: it knows nothing of objects that a backward changes.
-        self._early = None if torch.compiler.is_compiling() else EarlyGradients(partial(_send_back, format))
+        self._buffer: Tensor | None = buffer
+        self._format = format
+        self._early: EarlyGradients | None = None
+        # Not inside the compiler, which knows nothing of objects that a backward changes.
+        if format.weight_dtype is not None and not torch.compiler.is_compiling():
+            self._early = EarlyGradients(partial(_send_back, format), format.width, format.weight_dtype)
 
     def wait(self) -> tuple[Tensor, Tensor | None]:
         """(rows [S, C], weights [S] or None), in the dtypes that were sent, blocks in the order of the senders."""
         # A second message of gradients would be added to the first one's bits.
         assert self._ticket is not None, "an Exchange is waited for once"
         ticket, self._ticket = self._ticket, None
-        rows, weights = _Finish.apply(ticket, self._buffer, self._format, self._early)
+        buffer, self._buffer = self._buffer, None
+        rows, weights = _Finish.apply(ticket, buffer, self._format, self._early)
         return rows, weights if self._format.weight_dtype is not None else None
 
     def inputs_first(self) -> AbstractContextManager[object]:
@@ -102,10 +106,8 @@ class _Finish(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_SC: Tensor, grad_S: Tensor | None) -> tuple[Tensor, None, None, None]:
         if ctx.early is None or grad_S is None:
-            (message,) = _send_back(ctx.format, grad_SC, grad_S)
-        else:
-            (message,) = ctx.early.messages(grad_SC, grad_S)
-        return message, None, None, None
+            return *_send_back(ctx.format, grad_SC, grad_S), None, None, None
+        return *ctx.early.messages(grad_SC, grad_S), None, None, None
 
 
 def _send_back(format: Format, grad_SC: Tensor, grad_S: Tensor | None) -> tuple[Tensor]:

@@ -74,14 +74,22 @@ def expert_function(
             with region("experts"):
                 if torch.compiler.is_compiling():
                     grads = backward_op(*args)
-                elif inputs_first is None or ctx.receiver is None or not all(wanted[:2]) or torch.is_grad_enabled():
-                    grads = Backward.apply(*args)
-                else:
+                elif inputs_first is not None and ctx.receiver is not None and _goes_on(ctx, wanted):
                     grads = inputs_first(*args, ctx.receiver)
+                else:
+                    grads = Backward.apply(*args)
             dx, *others = (g if w else None for g, w in zip(grads, wanted))
             return dx, None, *others, None, *([None] * ctx.num_options)
 
     return ExpertMLP
+
+
+def _goes_on(ctx: Any, wanted: list[bool]) -> bool:
+    """Whether gradients of x and of routing weights go on from here, and those of experts' weights come meanwhile. A
+    pipeline that splits the backward comes here a second time, for the latter alone."""
+    if torch.is_grad_enabled() or not (all(wanted[:2]) and any(wanted[2:])):
+        return False
+    return bool(torch._C._will_engine_execute_node(ctx.next_functions[0][0]))
 
 
 def grad_weights_of_picks(

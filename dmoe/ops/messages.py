@@ -66,7 +66,7 @@ def send(rows_RC: Tensor, weights_R: Tensor | None, format: Format) -> Tensor:
 def receive(message: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
     """(rows [S, C], weights [S] or None) of what `send` started, in the dtypes that were sent. Waits."""
     unpack = _unpack_fp8 if format.payload == "fp8" else _unpack
-    return unpack(_received(message), format)
+    return unpack(wait(message), format)
 
 
 def send_back(grad_SC: Tensor, grad_S: Tensor | None, format: Format) -> Tensor:
@@ -75,20 +75,21 @@ def send_back(grad_SC: Tensor, grad_S: Tensor | None, format: Format) -> Tensor:
     message = _send(_pack(grad_SC, grad_S, format), format.splits.reversed(), format.group_name)
     # Anomaly detection reads what a backward returns. (It cannot be asked for inside the compiler.)
     is_read = not torch.compiler.is_compiling() and torch.is_anomaly_enabled()
-    return _received(message) if is_read else message
+    return wait(message) if is_read else message
 
 
 def receive_back(message: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
     """The gradients of the rows and weights that were sent. Waits."""
-    return _unpack(_received(message), format)
+    return _unpack(wait(message), format)
 
 
 def _send(message: Tensor, splits: Splits, group_name: str) -> Tensor:
-    """Start the collective; the result may be read after `_received`. An operator that the compiler knows."""
+    """Start the collective; the result may be read after `wait`. An operator that the compiler knows."""
     return torch.ops._c10d_functional.all_to_all_single(message, splits.receive, splits.send, group_name)
 
 
-def _received(message: Tensor) -> Tensor:
+def wait(message: Tensor) -> Tensor:
+    """For a message; what follows on the current stream may then read it."""
     return torch.ops._c10d_functional.wait_tensor(message)
 
 

@@ -27,14 +27,21 @@ class SentTokens:
     """Tokens and picks under way. `wait()` once, on every rank."""
 
     def __init__(self, tickets: tuple[Tensor, Tensor], buffers: tuple[Tensor, Tensor], formats: _Formats) -> None:
-        self._tickets, self._buffers, self._formats = tickets, buffers, formats
-        # Inside the compiler there is none: it knows nothing of objects that a backward changes.
-        self._early = None if torch.compiler.is_compiling() else EarlyGradients(partial(_send_back, formats))
+        self._under_way: tuple[Tensor, ...] | None = (*tickets, *buffers)
+        self._formats = formats
+        self._early: EarlyGradients | None = None
+        # Not inside the compiler, which knows nothing of objects that a backward changes.
+        if not torch.compiler.is_compiling():
+            of_tokens, of_picks = formats
+            self._early = EarlyGradients(partial(_send_back, formats), of_tokens.width, of_picks.dtype)
 
     def wait(self) -> tuple[Tensor, Tensor, Tensor]:
         """x_SD, weights_SK, and ids_SK int32: the number of a pick's expert on this rank, or that of its experts if it
         is not of them. Blocks in the order of the senders."""
-        return _Receive.apply(*self._tickets, *self._buffers, self._formats, self._early)
+        # A second message of gradients would be added to the first one's bits.
+        assert self._under_way is not None, "tokens are waited for once"
+        under_way, self._under_way = self._under_way, None
+        return _Receive.apply(*under_way, self._formats, self._early)
 
     def inputs_first(self) -> AbstractContextManager[object]:
         """Experts called in here with what `wait` returned let gradients go back before those of their weights."""

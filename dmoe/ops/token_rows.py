@@ -1,6 +1,6 @@
 """Tokens as rows for ranks: a row for each rank that has experts of the token, however many of its picks are there.
 
-Legend: T tokens, K picks a token, W ranks, R rows, sorted by rank and then by token, D width, C = 2K.
+Legend: T tokens, K picks a token, W ranks, R rows, sorted by rank and then by token, D width, C columns.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def token_rows(x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, num_r
         topk_weights_TK: fp32 or fp64.
     """
     num_tokens = topk_ids_TK.shape[0]
-    fits = 0 < num_tokens * num_ranks < 2**31 and topk_weights_TK.dtype == torch.float32
+    fits = 0 < num_tokens * max(num_ranks, topk_ids_TK.shape[1]) < 2**31 and topk_weights_TK.dtype == torch.float32
     if fits and x_TD.dtype != torch.float64 and runs_kernels(x_TD):
         return on_its_device(_token_rows_triton)(x_TD, topk_ids_TK, topk_weights_TK, num_ranks, num_local)
     ranks_W = torch.arange(num_ranks, device=x_TD.device)

@@ -2,7 +2,7 @@
 
     forward    sort the picks | h = W1 x_token, a = s act(h) in one kernel | y = W2 a | sum of a token's K rows
     backward   gradient rows copied in the order of the experts | g = W2^T dout, with ds, dh and s a in one kernel
-               | dW2 | dx rows = W1^T dh | sum of a token's K rows | dW1
+               | dW2 | dx rows = W1^T dh | sum of a token's K rows | dW1    (dW2 after dx, if that is to travel)
 
 The maths and what is kept for the backward are those of the torch backend (`grouped.py`): x, the pre-activation
 h, the routing weights and the permutation, here with 32-bit indices. Bytes a token beside x, with elements of b bytes:

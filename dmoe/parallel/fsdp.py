@@ -51,7 +51,9 @@ def apply_fsdp(part: Decoder, mesh: ParallelMesh, gather_dtype: torch.dtype | No
             policy = _policy(part.lm_head, gather_dtype)
             fully_shard(part.lm_head, mesh=dense, reshard_after_forward=reshard, mp_policy=policy)
         fully_shard(part, mesh=dense, reshard_after_forward=reshard, ignored_params=elsewhere)
-        part.register_forward_hook(_reshard_without_backward)
+        part.register_forward_hook(_reshard_without_gradients)
+        if mesh.config.pp == 1:
+            part.register_forward_pre_hook(_reshard, prepend=True)
         _prefetch(part)
     for module in fsdp_modules(part):
         module.set_gradient_divide_factor(1.0)
@@ -64,11 +66,16 @@ def _policy(unit: nn.Module, gather_dtype: torch.dtype | None) -> MixedPrecision
     return MixedPrecisionPolicy(param_dtype=gather_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
 
 
-def _reshard_without_backward(part: nn.Module, *_: object) -> None:
-    """What was kept for a backward that does not come would miss the next change of the weights."""
+def _reshard(part: nn.Module, *_: object) -> None:
+    """What was kept for a backward that never came, as after an error, would miss the next change of the weights."""
+    for unit in fsdp_modules(part):
+        unit.reshard()
+
+
+def _reshard_without_gradients(part: nn.Module, *_: object) -> None:
+    """No backward will come."""
     if not torch.is_grad_enabled():
-        for unit in fsdp_modules(part):
-            unit.reshard()
+        _reshard(part)
 
 
 def _expert_placements(moe: MoE, mesh: ParallelMesh, size: int) -> Callable[[nn.Parameter], Shard | None]:
@@ -105,3 +112,5 @@ def _prefetch(part: Decoder) -> None:
     for this, following in pairwise(units):
         this[0].set_modules_to_forward_prefetch(following)
         following[0].set_modules_to_backward_prefetch(list(reversed(this)))
+    if units and part.is_last and isinstance(part.lm_head, FSDPModule):
+        units[-1][0].set_modules_to_forward_prefetch([part.lm_head])

@@ -223,7 +223,8 @@ def _measure(
     width = logits_width(config.model.vocab_size, mesh)
     timeline = MemoryTimeline(
         logits_width=width, logits_numel=sequences * tokens * width, on_call=counter.count,
-        expand=operators(config.train.device, gather_dtype is not None), rounding=1 if on_cpu else 512,
+        expand=operators(config.train.device, gather_dtype is not None, config.parallel.ep > 1),
+        rounding=1 if on_cpu else 512,
     )  # fmt: skip
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with as_on(config.train.device), fake, timeline:

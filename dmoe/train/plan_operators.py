@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +19,12 @@ _WEIGHT_GRADIENT_BLOCK = 64
 CUDA_WORKSPACES = 2 * 32 * 2**20
 
 
-def operators(device: str, bf16: bool) -> dict[Any, Callable[..., Any]]:
-    """Operator -> what to run in its place, for `MemoryTimeline`."""
+def operators(device: str, bf16: bool, spread: bool) -> dict[Any, Callable[..., Any]]:
+    """Operator -> what to run in its place, for `MemoryTimeline`.
+
+    Args:
+        spread: experts are, over ranks, so that gradients of tokens come before those of weights.
+    """
     found: dict[Any, Callable[..., Any]] = {
         torch.ops.aten._grouped_mm.default: _grouped_mm,
         torch.ops.dmoe.expert_mlp.default: _expert_mlp,
@@ -31,7 +36,7 @@ def operators(device: str, bf16: bool) -> dict[Any, Callable[..., Any]]:
     found[flash] = _flash_attention_backward
     if bf16:  # else the triton backend is not chosen
         found[torch.ops.dmoe.expert_mlp.default] = _triton_forward
-        found[torch.ops.dmoe.expert_mlp_backward.default] = _triton_backward
+        found[torch.ops.dmoe.expert_mlp_backward.default] = partial(_triton_backward, spread)
     return found
 
 
@@ -93,10 +98,10 @@ def _triton_forward(
 
 
 def _triton_backward(
-    grad_TD: Tensor, x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, gate_up: Tensor, down: Tensor,
-    gate_up_bias: Tensor | None, down_bias: Tensor | None, h_RH: Tensor, *rest: Any,
+    spread: bool, grad_TD: Tensor, x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, gate_up: Tensor,
+    down: Tensor, gate_up_bias: Tensor | None, down_bias: Tensor | None, h_RH: Tensor, *rest: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The same for its backward."""
+    """The same for its backward; of experts that are `spread` in the order in which gradients travel early."""
     needs, rows, (_, width, expert_width) = rest[-1], h_RH.shape[0], down.shape
     grads = [x_TD.new_empty(0) for _ in needs]
     scale_R = topk_weights_TK.new_empty(rows)
@@ -104,13 +109,17 @@ def _triton_backward(
     grad_RD, grad_h_RH, a_RF = (grad_TD.new_empty(rows, n) for n in (width, h_RH.shape[1], expert_width))
     blocks = -(-expert_width // _WEIGHT_GRADIENT_BLOCK)
     grad_s_R = scale_R.new_empty(blocks, rows).sum(0)
-    if needs[3]:
-        grads[3] = down.new_empty(down.shape)
-    del grad_RD, a_RF
+    inputs_first = spread and all(needs[:2]) and any(needs[2:])
+    if not inputs_first:
+        grads[3] = down.new_empty(down.shape if needs[3] else 0)
+        del grad_RD, a_RF
     if needs[0]:
         rows_RD = grad_h_RH.new_empty(rows, width)
         grads[0] = rows_RD.new_empty(x_TD.shape)
         del rows_RD
+    if inputs_first:
+        grads[3] = down.new_empty(down.shape if needs[3] else 0)
+        del grad_RD, a_RF
     if needs[2]:
         spread_RD = x_TD.new_empty(rows, width)
         grads[2] = gate_up.new_empty(gate_up.shape)

@@ -191,7 +191,7 @@ def frozen_and_repeated(matrix: np.ndarray, rank: int, world: int) -> None:
 @contextmanager
 def logged(log: list[str]) -> Iterator[None]:
     """Write down when messages start and when they are waited for."""
-    send, received = messages._send, messages._received
+    send, received = messages._send, messages.wait
 
     def log_send(*args: object) -> Tensor:
         log.append("send")
@@ -201,11 +201,11 @@ def logged(log: list[str]) -> Iterator[None]:
         log.append("wait")
         return received(*args)
 
-    messages._send, messages._received = log_send, log_received
+    messages._send, messages.wait = log_send, log_received
     try:
         yield
     finally:
-        messages._send, messages._received = send, received
+        messages._send, messages.wait = send, received
 
 
 class Logged(torch.autograd.Function):

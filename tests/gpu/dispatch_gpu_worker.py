@@ -70,6 +70,7 @@ def gradients_travel_while_weights_are_computed(group: dist.ProcessGroup) -> Non
             first = log.index("weights")
             assert log[first - messages :] == ["send"] * messages + ["weights"] * 2 + ["wait"] * messages, log
             log.clear()
+            assert torch._C._distributed_c10d._get_work_registry_size() == 0, "a message is waited for by nobody"
     finally:
         triton_experts.weight_gradient = of_weights
 

@@ -14,6 +14,7 @@ CHANGES: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "changed in place": lambda x, w: (x.mul_(2), w),
     "a part": lambda x, w: (x[:, :3], w),
 }
+UNLIKE = {"padded": ((5, 8), torch.float32), "of a cast": ((5, 4), torch.float64)}
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def early(sent: list[tuple[Tensor, Tensor]]) -> EarlyGradients:
         sent.append((x, w))
         return (torch.tensor(len(sent)),)
 
-    return EarlyGradients(send)
+    return EarlyGradients(send, 4, torch.float32)
 
 
 @pytest.mark.parametrize("rows", [0, 5])
@@ -50,3 +51,11 @@ def test_other_gradients_are_sent(
     other = change(x, w)
     assert early.messages(*other) == (2,)
     assert sent[1] == other
+
+
+@pytest.mark.parametrize(("shape", "dtype"), UNLIKE.values(), ids=UNLIKE)
+def test_what_cannot_be_the_gradient_does_not_start(
+    early: EarlyGradients, sent: list[tuple[Tensor, Tensor]], shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    early.computed(torch.randn(shape), torch.randn(5, 1, dtype=dtype))
+    assert not sent

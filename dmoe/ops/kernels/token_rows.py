@@ -23,7 +23,7 @@ _BLOCKS_AT_ONCE = 64
 
 @triton.jit
 def _block_of_picks(ids_ptr, num_tokens, num_local, TOP_K: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
-    """Tokens, the rank of each of their picks, and the number of the expert there; beyond the end, the rank -1."""
+    """Tokens, picks, a mask of both that ends where they do, the rank of each pick, there -1, and its expert there."""
     tokens = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     picks = tl.arange(0, K)
     mask = (tokens < num_tokens)[:, None] & (picks < TOP_K)[None, :]
@@ -32,7 +32,7 @@ def _block_of_picks(ids_ptr, num_tokens, num_local, TOP_K: tl.constexpr, K: tl.c
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
-def _count_rows(
+def _count_token_rows(
     ids_ptr, counts_ptr, num_tokens, num_local,
     TOP_K: tl.constexpr, K: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -46,7 +46,7 @@ def _count_rows(
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_blocks", "no_row"])
-def _place_rows(
+def _place_token_rows(
     ids_ptr, weights_ptr, counts_ptr, inverse_ptr, picks_ptr, totals_ptr, num_tokens, num_local, num_blocks, no_row,
     TOP_K: tl.constexpr, K: tl.constexpr, RANKS: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -111,8 +111,8 @@ def rows_by_rank(
     picks_RC = weights.new_empty(max_rows, 2 * top_k)
     counts_W2 = ids.new_empty(num_ranks, 2, dtype=torch.int64)
     sizes = {"TOP_K": top_k, "K": padded, "RANKS": num_ranks, "BLOCK": block, "num_warps": 4}
-    _count_rows[(num_blocks,)](ids, counts, num_tokens, num_local, **sizes)
-    _place_rows[(num_blocks,)](
+    _count_token_rows[(num_blocks,)](ids, counts, num_tokens, num_local, **sizes)
+    _place_token_rows[(num_blocks,)](
         ids, weights, counts, inverse_TW, picks_RC, counts_W2, num_tokens, num_local, num_blocks, max_rows,
         W=triton.next_power_of_2(num_ranks), BLOCKS=_BLOCKS_AT_ONCE, **sizes,
     )  # fmt: skip
