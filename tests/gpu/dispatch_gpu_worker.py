@@ -5,18 +5,15 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 from dispatch_cases import Case, actual, differences
+from dispatch_early import gradients_travel_while_weights_are_computed
 from dispatch_worker import check
-from exchange_worker import logged
-from torch import Tensor
 
-from dmoe.ops import triton_experts
 from dmoe.ops.collectives import leave_process_group
 
 LOSSES = {"aux_loss_coef": 0.1, "z_loss_coef": 0.01, "shared_intermediate_size": 16}
@@ -51,30 +48,6 @@ def same_bits_again(group: dist.ProcessGroup) -> None:
         assert max(differences(actual(case, group), actual(case, group)).values()) == 0
 
 
-def gradients_travel_while_weights_are_computed(group: dist.ProcessGroup) -> None:
-    """The last messages of a backward start before the gradients of the weights and are waited for after them."""
-    log: list[str] = []
-    of_weights = triton_experts.weight_gradient
-
-    def logged_gradient(*args: Any) -> Tensor:
-        log.append("weights")
-        return of_weights(*args)
-
-    triton_experts.weight_gradient = logged_gradient
-    try:
-        for sends, messages in (("picks", 1), ("tokens", 2)):
-            config = {"num_experts": 8, "top_k": 3}
-            case = Case([500, 0, 300, 40][: group.size()], torch.bfloat16, sends=sends, device="cuda", config=config)
-            with logged(log):
-                actual(case, group)
-            first = log.index("weights")
-            assert log[first - messages :] == ["send"] * messages + ["weights"] * 2 + ["wait"] * messages, log
-            log.clear()
-            assert torch._C._distributed_c10d._get_work_registry_size() == 0, "a message is waited for by nobody"
-    finally:
-        triton_experts.weight_gradient = of_weights
-
-
 def rank_main(rank: int, world: int, store_path: str) -> None:
     torch.cuda.set_device(0)
     store = dist.FileStore(store_path, world)
@@ -84,6 +57,6 @@ def rank_main(rank: int, world: int, store_path: str) -> None:
     both_dispatchers(group)
     picks_of_no_expert(group)
     same_bits_again(group)
-    gradients_travel_while_weights_are_computed(group)
+    gradients_travel_while_weights_are_computed(group, "cuda", torch.bfloat16)
     dist.barrier()
     leave_process_group()

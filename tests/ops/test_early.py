@@ -1,10 +1,15 @@
 """Messages of gradients that start before autograd asks for them."""
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+from interpreted import run_interpreted
 
 from dmoe.ops.early import EarlyGradients
 
@@ -59,3 +64,7 @@ def test_what_cannot_be_the_gradient_does_not_start(
 ) -> None:
     early.computed(torch.randn(shape), torch.randn(5, 1, dtype=dtype))
     assert not sent
+
+
+def test_between_ranks() -> None:
+    run_interpreted("early_ranks_cases.py")
