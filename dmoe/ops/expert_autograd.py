@@ -29,8 +29,8 @@ def expert_function(
         backward_op: takes dy, the seven tensors, what the forward returned beside y, the activation, and of which
             inputs a gradient is wanted (all but the ids, in order); returns those gradients.
         name: what to call it in the error of a second derivative, as `backend "torch"`.
-        inputs_first: as `backward_op`, with a last argument that it calls with the gradients of x and weights as soon
-            as it has them; for experts called inside `dmoe.ops.early.inputs_first`.
+        inputs_first: as `backward_op`, after an argument that it calls with the gradients of x and weights as soon as
+            it has them; for experts called inside `dmoe.ops.early.inputs_first`.
     """
 
     class Backward(torch.autograd.Function):
@@ -75,7 +75,7 @@ def expert_function(
                 if torch.compiler.is_compiling():
                     grads = backward_op(*args)
                 elif inputs_first is not None and ctx.receiver is not None and _goes_on(ctx, wanted):
-                    grads = inputs_first(*args, ctx.receiver)
+                    grads = inputs_first(ctx.receiver, *args)
                 else:
                     grads = Backward.apply(*args)
             dx, *others = (g if w else None for g, w in zip(grads, wanted))

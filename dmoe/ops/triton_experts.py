@@ -109,27 +109,11 @@ _expert_mlp.register_fake(fake_forward(torch.int32))
 
 
 @on_its_device
-def _gradients(
-    grad_TD: Tensor,
-    x_TD: Tensor,
-    topk_ids_TK: Tensor,
-    topk_weights_TK: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    h_RH: Tensor,
-    order_R: Tensor,
-    inverse_TK: Tensor,
-    offsets_E: Tensor,
-    activation: str,
-    needs: list[bool],
-    receiver: InputGradients | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, topk_weights, gate_up_proj, down_proj and the two biases; empty where `needs` says no.
-
-    With a `receiver` those of x and topk_weights first, and handed to it then, at the price of more memory for a while.
-    """
+def _gradients(receiver: InputGradients | None, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What the operator of the backward returns, of its arguments. With a `receiver` the gradients of x and of the
+    routing weights come first and are handed to it then, at the price of more memory for a while."""
+    grad_TD, x_TD, topk_ids_TK, topk_weights_TK, gate_up_proj, down_proj, _, down_bias, *kept, activation, needs = args
+    h_RH, order_R, inverse_TK, offsets_E = kept
     needs_x, needs_weights, needs_gate_up, needs_down, needs_gate_up_bias, needs_down_bias = needs
     none = [x_TD.new_empty(0) for _ in needs]  # an operator may not return one tensor twice
     grad_x, grad_weights, grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias = none
@@ -191,10 +175,10 @@ def _expert_mlp_backward(
     activation: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`_gradients`, those of the inputs after that of the down projection, which takes less memory."""
+    """Gradients of x, topk_weights, gate_up_proj, down_proj and the two biases; empty where `needs` says no."""
     return _gradients(
-        grad_TD, x_TD, topk_ids_TK, topk_weights_TK, gate_up_proj, down_proj, gate_up_bias, down_bias, h_RH, order_R,
-        inverse_TK, offsets_E, activation, needs, None,
+        None, grad_TD, x_TD, topk_ids_TK, topk_weights_TK, gate_up_proj, down_proj, gate_up_bias, down_bias,
+        h_RH, order_R, inverse_TK, offsets_E, activation, needs,
     )  # fmt: skip
 
 
