@@ -2,7 +2,7 @@
 
 The interpreter is chosen when a kernel is defined, and for Triton's own functions when Triton is imported, which any
 earlier test of the process may have done. So the tests of kernels are in files `*_cases.py`, which pytest does not
-collect by itself. A test calls `run_interpreted` on such a file, and one in `tests/gpu/` imports the same tests.
+collect by itself. A test calls `run_interpreted` on such files, and one in `tests/gpu/` imports the same tests.
 """
 
 import os
@@ -21,20 +21,16 @@ if DEVICE == "cpu":
     faster_interpreter.install()
 
 
-def run_interpreted(cases: str, *arguments: str, timeout: float = 280) -> None:
-    """Run the tests of a file of this folder in the interpreter; what fails is shown.
-
-    Args:
-        arguments: of pytest, as "-k name".
-    """
+def run_interpreted(*cases: str, timeout: float = 280) -> None:
+    """Run the tests of files of this folder in the interpreter, in one process; what fails is shown."""
     if find_spec("triton") is None:
         pytest.skip("needs Triton, which is not installed")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "--color=no", *arguments]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "--color=no"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    path = Path(__file__).with_name(cases)
+    here = Path(__file__)
     done = subprocess.run(
-        [*command, str(path)],
-        cwd=path.parents[2],
+        [*command, *(str(here.with_name(name)) for name in cases)],
+        cwd=here.parents[2],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -42,4 +38,4 @@ def run_interpreted(cases: str, *arguments: str, timeout: float = 280) -> None:
         timeout=timeout,
         check=False,
     )
-    assert done.returncode == 0, f"{cases} in the interpreter:\n{done.stdout[-8000:]}"
+    assert done.returncode == 0, f"{' and '.join(cases)} in the interpreter:\n{done.stdout[-8000:]}"

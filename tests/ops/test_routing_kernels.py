@@ -7,13 +7,5 @@ sys.path.insert(0, str(Path(__file__).parent))
 from interpreted import run_interpreted
 
 
-def test_sorting_and_rows() -> None:
-    run_interpreted("rows_kernel_cases.py")
-
-
-def test_tokens_as_rows_for_ranks() -> None:
-    run_interpreted("token_rows_cases.py")
-
-
-def test_scores_and_topk() -> None:
-    run_interpreted("topk_kernel_cases.py")
+def test_sorting_rows_scores_and_topk() -> None:
+    run_interpreted("rows_kernel_cases.py", "token_rows_cases.py", "topk_kernel_cases.py")
