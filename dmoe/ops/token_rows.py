@@ -29,11 +29,14 @@ class TokenRows(NamedTuple):
 
 @torch.no_grad()
 def token_rows(x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, num_ranks: int, num_local: int) -> TokenRows:
-    """The rows for each rank; rank w has the experts from w * num_local on, and a pick of no expert,
-    with the id after the last, is on no rank. No host synchronisation.
+    """The rows for each rank. No host synchronisation.
 
     Args:
+        x_TD: tokens, in the dtype in which they are sent.
+        topk_ids_TK: int32 or int64; rank w has the experts from w * num_local on. A pick of no expert, with the id
+            after the last, is on no rank.
         topk_weights_TK: fp32 or fp64.
+        num_local: experts of a rank.
     """
     num_tokens = topk_ids_TK.shape[0]
     fits = 0 < num_tokens * max(num_ranks, topk_ids_TK.shape[1]) < 2**31 and topk_weights_TK.dtype == torch.float32

@@ -34,9 +34,8 @@ def rank_main(rank: int, world: int, folder: str, only: list[str] | None = None)
         if (only and name not in only) or not supported(case):
             continue
         for precision, tolerance in TOLERANCE.items():
-            # fp64 has the tighter bound. Many ranks take their time, and so does the compiler.
-            if precision == "fp32" and (world > 2 or case.train.get("compile")):
-                continue
+            if case.train.get("compile") and precision == "fp32":
+                continue  # the compiler takes half of the time of all cases; fp64 has the tighter bound
             torch._dynamo.reset()
             try:
                 got = run_case(case.config(precision), spread=True)
