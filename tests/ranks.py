@@ -23,8 +23,9 @@ def run_ranks(function: Callable[..., Any], args: tuple[Any, ...], world: int) -
     """As `torch.multiprocessing.spawn`: calls function(rank, *args) in `world` processes and raises what one raises.
 
     They are forked from a process with one thread that has only imported modules, so that nothing of the test or of
-    another rank is in them. The environment is that of the first call, but for OMP_NUM_THREADS, which is 1.
+    another rank is in them. The environment is that of the first call, with a single thread for OpenMP; a rank that a
+    signal ends says where it was.
     """
     multiprocessing.set_forkserver_preload(_IMPORTED)
-    with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):
+    with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}):
         torch.multiprocessing.start_processes(function, args, nprocs=world, start_method="forkserver")

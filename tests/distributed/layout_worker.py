@@ -37,6 +37,8 @@ def rank_main(rank: int, world: int, folder: str, only: list[str] | None = None)
             if case.train.get("compile") and precision == "fp32":
                 continue  # the compiler takes half of the time of all cases; fp64 has the tighter bound
             torch._dynamo.reset()
+            if rank == 0:
+                print(f"{name}, {precision}", flush=True)  # shown if a rank dies
             try:
                 got = run_case(case.config(precision), spread=True)
             except Exception as error:
